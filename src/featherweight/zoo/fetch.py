@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featherweight.errors import BadData, FeatherweightError, unknown
+from featherweight.zoo.data import archive, default_root
 
 Images = NDArray[np.uint8]
 FILES = {"train_x": "train-images-idx3-ubyte", "train_y": "train-labels-idx1-ubyte",
@@ -66,16 +66,6 @@ SOURCES = {
         debian, "dataset-fashion-mnist", "ca3ab2a37f845e1b8ae23cab1b51749a3011ba3bf1d9016176d75cbaabac376f"
     ),
 }
-
-
-def default_root() -> Path:
-    """The folder of the data sets: the environment's FEATHERWEIGHT_DATA, or `data` in the working directory."""
-    return Path(os.environ.get("FEATHERWEIGHT_DATA", "data"))
-
-
-def archive(name: str, root: Path) -> Path:
-    """The file that holds a data set under `root`."""
-    return root / name / f"{name}.npz"
 
 
 def fetch(name: str, root: Path) -> Path:
