@@ -1,0 +1,290 @@
+"""What there is: methods, coders, executors and ingredients, found by walking `recipes/`, `ingredients/`, `coding/`.
+
+Nothing heavy is imported here, so that listing names is cheap; `entries()` imports the rooms it walks.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import Any, TypeVar
+
+from featherweight.errors import BadOption, unknown
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+ROOMS = ("featherweight.ingredients", "featherweight.recipes", "featherweight.coding.coders")
+VERBS = ("prune", "quantize", "factorize", "share", "distill", "rewrite")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One keyword of a method: its name, default and meaning."""
+
+    name: str
+    default: Any
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One id of the catalogue with its facts. Calling it calls the method: `entry(model, task, **options)`."""
+
+    id: str
+    family: str
+    paper: str
+    function: Callable[..., Any] = field(repr=False)
+    kind: str = "method"
+    needs: frozenset[str] = frozenset()
+    shrinks: frozenset[str] = frozenset()
+    small: Mapping[str, Any] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    coder: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    module: str = ""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.function(*args, **{**self.defaults, **options})
+
+    @property
+    def doc(self) -> str:
+        """The first line of the docstring: of the module that makes the method, or of its function."""
+        text = inspect.getdoc(self.function) if not self.defaults else sys_module_doc(self.module)
+        return (text or "").strip().split("\n")[0]
+
+    def options(self) -> list[Option]:
+        """The keyword options that a user may set, with this method's defaults and the meaning in the docstring."""
+        meanings = documented(self.function)
+        found = []
+        for name, parameter in inspect.signature(self.function).parameters.items():
+            if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+                continue
+            default = self.defaults.get(name, parameter.default)
+            if callable(default):  # an ingredient that makes this method what it is
+                default = getattr(default, "__name__", repr(default))
+            found.append(Option(name, None if default is inspect.Parameter.empty else default, meanings.get(name, "")))
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """The JSON-able row of `featherweight methods --json`."""
+        return {
+            "id": self.id,
+            "aliases": list(self.aliases),
+            "family": self.family,
+            "kind": self.kind,
+            "paper": self.paper,
+            "needs": sorted(self.needs),
+            "shrinks": sorted(self.shrinks),
+            "summary": self.doc,
+            "options": [{"name": o.name, "default": plain(o.default), "meaning": o.meaning} for o in self.options()],
+        }
+
+
+def plain(value: Any) -> Any:
+    """A JSON-able view of an option's value."""
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(v) for v in value]
+    return getattr(value, "__name__", repr(value))
+
+
+def sys_module_doc(module: str) -> str:
+    return inspect.getdoc(importlib.import_module(module)) or "" if module else ""
+
+
+def documented(function: Callable[..., Any]) -> dict[str, str]:
+    """The meanings in the `Args:` section of a docstring, one per line (`name: meaning`), continued by indentation."""
+    meanings: dict[str, str] = {}
+    lines = (inspect.getdoc(function) or "").split("\n")
+    inside, last, indent = False, "", 0
+    for line in lines:
+        if line.strip() == "Args:":
+            inside = True
+        elif inside and line and not line.startswith(" "):
+            break
+        elif inside and line.strip():
+            depth = len(line) - len(line.lstrip())
+            name, colon, meaning = line.strip().partition(": ")
+            if colon and name.isidentifier() and (not last or depth <= indent):
+                last, indent, meanings[name] = name, depth, meaning
+            elif last:
+                meanings[last] += " " + line.strip()
+    return meanings
+
+
+def recipe(
+    *,
+    paper: str,
+    family: str,
+    kind: str = "method",
+    needs: set[str] | None = None,
+    shrinks: set[str] | None = None,
+    small: Mapping[str, Any] | None = None,
+    aliases: tuple[str, ...] = (),
+    coder: str | None = None,
+) -> Callable[[F], F]:
+    """Declares a function `(model, task, *, options) -> model` to be a method whose id is the function's name.
+
+    Args:
+        paper: authors, venue, year, arXiv number.
+        needs: what the task must have: "labels", "train", "calibration", "teacher".
+        shrinks: what the contract measures: "weights" (zeros), "bits" (coded bytes), "channels", "factors" (MACs).
+        small: options that make the contract tests fast.
+        coder: the entropy coder that belongs to the paper, used for the file unless another is asked for.
+    """
+
+    def declare(function: F) -> F:
+        function.__entry__ = Entry(  # type: ignore[attr-defined]
+            id=function.__name__,
+            family=family,
+            paper=paper,
+            function=function,
+            kind=kind,
+            needs=frozenset(needs or ()),
+            shrinks=frozenset(shrinks or ()),
+            small=dict(small or {}),
+            aliases=aliases,
+            coder=coder,
+            module=function.__module__,
+        )
+        return function
+
+    return declare
+
+
+def method(
+    verb: str,
+    *,
+    paper: str,
+    needs: set[str] | None = None,
+    shrinks: set[str] | None = None,
+    small: Mapping[str, Any] | None = None,
+    aliases: tuple[str, ...] = (),
+    coder: str | None = None,
+    **defaults: Any,
+) -> Entry:
+    """The method that a paper describes, made from a verb: the verb by name, the paper's defaults, and its facts.
+
+    Assign it to a module-level name: that name is its id.
+    """
+    if verb not in VERBS:
+        raise unknown("verb", verb, VERBS)
+    return Entry(
+        id="",
+        family=verb,
+        paper=paper,
+        function=partial(call_verb, verb),
+        needs=frozenset(needs or ()),
+        shrinks=frozenset(shrinks or ()),
+        small=dict(small or {}),
+        aliases=aliases,
+        coder=coder,
+        defaults=defaults,
+    )
+
+
+def call_verb(verb: str, *args: Any, **options: Any) -> Any:
+    return verb_function(verb)(*args, **options)
+
+
+def verb_function(verb: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"featherweight.{verb}"), verb)
+
+
+def ingredient(slot: str, **facts: Any) -> Callable[[F], F]:
+    """Declares a pure function that fills one slot of a verb (`score`, `schedule`, `grid`, `rank`, ...)."""
+
+    def declare(function: F) -> F:
+        function.__ingredient__ = (slot, facts)  # type: ignore[attr-defined]
+        return function
+
+    return declare
+
+
+@cache
+def _discovered() -> tuple[dict[str, Entry], dict[str, dict[str, Callable[..., Any]]]]:
+    entries: dict[str, Entry] = {}
+    ingredients: dict[str, dict[str, Callable[..., Any]]] = {}
+    for module in _modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Entry):
+                if value.id or name.startswith("_"):
+                    continue
+                verb = value.function.args[0]  # type: ignore[attr-defined]
+                found = replace(value, id=name, function=verb_function(verb), module=module.__name__)
+                entries[name] = found
+            elif getattr(value, "__module__", None) == module.__name__:
+                if hasattr(value, "__entry__"):
+                    entries[name] = value.__entry__
+                if hasattr(value, "__ingredient__"):
+                    ingredients.setdefault(value.__ingredient__[0], {})[name] = value
+    return dict(sorted(entries.items())), ingredients
+
+
+def _modules() -> list[Any]:
+    found = []
+    for room in ROOMS:
+        package = importlib.import_module(room)
+        found.append(package)
+        for info in pkgutil.walk_packages(package.__path__, room + "."):
+            found.append(importlib.import_module(info.name))
+    return found
+
+
+def entries(kind: str | None = None, family: str | None = None) -> dict[str, Entry]:
+    """Every entry by id, optionally of one kind or family."""
+    known = _discovered()[0]
+    return {
+        i: e for i, e in known.items() if (kind is None or e.kind == kind) and (family is None or e.family == family)
+    }
+
+
+def entry(name: str, kind: str | None = None) -> Entry:
+    """The entry of an id or alias; an unknown name is answered with the nearest ones.
+
+    Raises:
+        UnknownName: there is no such id.
+    """
+    known = entries(kind)
+    by_alias = {alias: e for e in known.values() for alias in e.aliases}
+    if name in known:
+        return known[name]
+    if name in by_alias:
+        return by_alias[name]
+    raise unknown(kind or "method", name, [*known, *by_alias])
+
+
+def fill(slot: str, given: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The ingredient of a slot: a function as it is, a name looked up.
+
+    Raises:
+        UnknownName: no ingredient of that slot has this name.
+    """
+    if callable(given):
+        return given
+    known = _discovered()[1].get(slot, {})
+    if given not in known:
+        raise unknown(slot, given, known)
+    return known[given]
+
+
+def check_options(found: Entry, options: Mapping[str, Any]) -> None:
+    """Refuses an option that the method does not have, with the nearest names.
+
+    Raises:
+        UnknownName: the method has no such option.
+        BadOption: a required option is missing.
+    """
+    names = {o.name for o in found.options()}
+    for name in options:
+        if name not in names:
+            raise unknown(f"option of {found.id}", name, names)
+    for name, parameter in inspect.signature(found.function).parameters.items():
+        required = parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
+        if required and name not in options and name not in found.defaults:
+            raise BadOption(f"{found.id} needs the option {name}: pass {name}=...")

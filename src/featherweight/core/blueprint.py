@@ -1,0 +1,340 @@
+"""What differs between a model and a fresh one of the user's class: swapped layers, changed attributes, forms.
+
+`blueprint` describes it as JSON-able data and tensors, `conform` makes a fresh model the same. The container and the
+checkpoints of a chain both stand on it; neither ever evaluates, imports or unpickles anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from featherweight.core.forms import (
+    ACTIVATIONS,
+    Affine,
+    Codes,
+    Form,
+    Product,
+    Stack,
+    Table,
+    _register,
+    activation_form,
+    attach,
+    codes_of,
+    declare_codes,
+    form_names,
+    forms_of,
+    originals,
+)
+from featherweight.errors import BadData, FormatError, unknown
+
+# The layers that a file may name, with the constructor arguments that their attributes hold.
+LEAVES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
+    t.__name__: (t, names)
+    for t, names in (
+        (nn.Linear, ("in_features", "out_features", "bias")),
+        *(
+            (
+                t,
+                (
+                    "in_channels",
+                    "out_channels",
+                    "kernel_size",
+                    "stride",
+                    "padding",
+                    "dilation",
+                    "groups",
+                    "bias",
+                    "padding_mode",
+                ),
+            )
+            for t in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        ),
+        (
+            nn.ConvTranspose2d,
+            ("in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "groups", "bias"),
+        ),
+        *(
+            (t, ("num_features", "eps", "momentum", "affine", "track_running_stats"))
+            for t in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        ),
+        (nn.LayerNorm, ("normalized_shape", "eps", "elementwise_affine")),
+        (nn.GroupNorm, ("num_groups", "num_channels", "eps", "affine")),
+        (nn.Embedding, ("num_embeddings", "embedding_dim", "padding_idx")),
+        (nn.Identity, ()),
+        (nn.ReLU, ()),
+        (nn.Flatten, ("start_dim", "end_dim")),
+        (nn.Dropout, ("p",)),
+    )
+}
+TYPES: dict[type[nn.Module], str] = {t: name for name, (t, _) in LEAVES.items()}
+
+
+def layer_spec(module: nn.Module) -> dict[str, Any]:
+    """A module as data: its type and constructor arguments, or a Sequential of such.
+
+    Raises:
+        FormatError: a type that a file cannot name.
+    """
+    base = type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
+    if base is nn.Sequential:
+        return {"type": "Sequential", "layers": {n: layer_spec(m) for n, m in module.named_children()}}
+    if base not in TYPES:
+        raise FormatError(f"a {base.__name__} was swapped in, which a file cannot name: use one of {', '.join(LEAVES)}")
+    name = TYPES[base]
+    return {"type": name, "args": {key: _argument(module, key) for key in LEAVES[name][1]}}
+
+
+def _argument(module: nn.Module, key: str) -> Any:
+    value = getattr(module, key)
+    if key == "bias":
+        return value is not None
+    return list(value) if isinstance(value, tuple) else value
+
+
+def build_layer(spec: dict[str, Any], depth: int = 0) -> nn.Module:
+    """The module that `layer_spec` describes, with untrained weights.
+
+    Raises:
+        FormatError: the data describe no layer that a file may name.
+    """
+    kind = spec.get("type")
+    if kind == "Sequential" and depth < 8 and isinstance(spec.get("layers"), dict):
+        built = nn.Sequential()
+        for name, inner in spec["layers"].items():
+            built.add_module(str(name), build_layer(inner, depth + 1))
+        return built
+    if kind not in LEAVES or not isinstance(spec.get("args"), dict):
+        raise FormatError(f"the file describes a layer of type {kind!r}, which is none of {', '.join(LEAVES)}")
+    make, names = LEAVES[kind]
+    args = {k: tuple(v) if isinstance(v, list) else v for k, v in spec["args"].items()}
+    if set(args) - set(names):
+        raise FormatError(
+            f"the file gives {kind} the arguments {sorted(set(args) - set(names))}, which it does not have"
+        )
+    try:
+        return make(**args)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise FormatError(f"the file describes a {kind} that cannot be built: {error}") from None
+
+
+def swapped(model: nn.Module) -> dict[str, nn.Module]:
+    """The outermost modules that were put in place of the class's own, by path."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if getattr(module, "_fw_swapped", False) and not any(path.startswith(p + ".") for p in found):
+            found[path] = module
+    return found
+
+
+def structure(model: nn.Module) -> dict[str, Any]:
+    """Swapped layers and changed attributes, JSON-able: what makes a fresh model the same shape."""
+    swaps = {path: layer_spec(module) for path, module in swapped(model).items()}
+    edits = {p: dict(e) for p, e in getattr(model, "_fw_edits", {}).items()}
+    return {"swaps": swaps, "edits": edits}
+
+
+def restructure(model: nn.Module, plan: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> nn.Module:
+    """Makes a fresh model of the user's class the same shape as the one that `structure` described, in place.
+
+    Args:
+        shapes: the shape of every parameter and buffer of the file, by its name in the state dict.
+
+    Raises:
+        BadData: the model is of another class or configuration than the one in the file.
+    """
+    for path, spec in plan["swaps"].items():
+        parent, _, name = path.rpartition(".")
+        owner = _module(model, parent)
+        if name not in owner._modules:
+            raise BadData(f"the model has no layer {path}, which the file replaces: pass the same class and options")
+        new = build_layer(spec)
+        new._fw_swapped = True  # type: ignore[assignment]
+        new.train(owner.training)
+        owner._modules[name] = new
+    for path, edit in plan["edits"].items():
+        module = _module(model, path)
+        for key, value in edit.items():
+            _edit(module, path, key, value)
+    model._fw_edits = {p: dict(e) for p, e in plan["edits"].items()}  # type: ignore[assignment]
+    for name, shape in shapes.items():
+        _reshape(model, name, shape)
+    return model
+
+
+def _edit(module: nn.Module, path: str, key: str, value: Any) -> None:
+    """Sets a changed attribute, `a.b` through nested plain objects (a config); only numbers that were there before."""
+    owner: Any = module
+    *inner, last = key.split(".")
+    for step in inner:
+        owner = getattr(owner, step, None)
+    old = getattr(owner, last, None)
+    if key.startswith("_") or not isinstance(old, (int, tuple, list)) or callable(old):
+        raise BadData(f"the model has no attribute {path}.{key} to set: pass the same class and options as were saved")
+    setattr(owner, last, tuple(value) if isinstance(value, list) else value)
+
+
+def _module(model: nn.Module, path: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise BadData(f"the model has no layer {path}: pass the same class and options as were saved") from None
+
+
+def _reshape(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = _module(model, path)
+    tensor = getattr(module, leaf, None)
+    if not isinstance(tensor, Tensor):
+        raise BadData(f"the model has no tensor {name}: pass the same class and options as were saved")
+    if tuple(tensor.shape) == tuple(shape):
+        return
+    if tensor.dim() != len(shape):
+        raise BadData(f"{name} has shape {tuple(tensor.shape)} in the model and {tuple(shape)} in the file")
+    fresh = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+    if isinstance(tensor, nn.Parameter):
+        replacement: Tensor = nn.Parameter(fresh, requires_grad=tensor.requires_grad)
+        for owner in model.modules():  # tied parameters stay tied
+            for key, value in owner._parameters.items():
+                if value is tensor:
+                    owner._parameters[key] = replacement  # type: ignore[assignment]
+    else:
+        module._buffers[leaf] = fresh
+
+
+# --- forms and codes as data and tensors ------------------------------------------------------------------------------
+
+
+def activation_forms(model: nn.Module) -> dict[str, dict[str, Form]]:
+    """The forms on activations: {module path: {"input" | "output" | "grad": form}}."""
+    found: dict[str, dict[str, Form]] = {}
+    for path, module in model.named_modules():
+        forms = {at: form for at in ACTIVATIONS if (form := activation_form(module, at)) is not None}
+        if forms:
+            found[path] = forms
+    return found
+
+
+def blueprint(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A whole model, forms and codes included, as JSON-able data and named tensors (each tied tensor once)."""
+    tensors: dict[str, Tensor] = {}
+    seen: dict[int, str] = {}
+
+    def keep(name: str, tensor: Tensor) -> str:
+        key = id(tensor)
+        if key not in seen:
+            seen[key] = name
+            tensors[name] = tensor.detach().cpu().contiguous()
+        return seen[key]
+
+    def keep_form(name: str, form: Form) -> dict[str, Any]:
+        settings, held = form.state()
+        return {
+            "type": type(form).__name__,
+            "settings": settings,
+            "tensors": {key: keep(f"{name}/{key}", tensor) for key, tensor in held.items()},
+        }
+
+    plain: dict[str, str] = {}
+    weights: dict[str, Any] = {}
+    codes: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        if any(part.startswith("fw_") or part == "parametrizations" for part in path.split(".")):
+            continue
+        prefix = f"{path}." if path else ""
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None or name in module._non_persistent_buffers_set:
+                continue
+            plain[prefix + name] = keep(prefix + name, tensor)
+            found = codes_of(module, name)
+            if found is not None:
+                codes[prefix + name] = _codes_data(f"{prefix}{name}/codes", found, keep)
+        for name in form_names(module):
+            weights[prefix + name] = {
+                "forms": [keep_form(f"{prefix}{name}/{i}", form) for i, form in enumerate(forms_of(module, name))],
+                "free": [keep(f"{prefix}{name}/free{i}", p) for i, p in enumerate(originals(module, name))],
+            }
+    active = {
+        path: {at: keep_form(f"{path}/{at}", form) for at, form in forms.items()}
+        for path, forms in activation_forms(model).items()
+    }
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    data = {
+        **structure(model),
+        "plain": plain,
+        "weights": weights,
+        "activations": active,
+        "codes": codes,
+        "frozen": frozen,
+    }
+    return data, tensors
+
+
+def _codes_data(name: str, codes: Codes, keep: Callable[[str, Tensor], str]) -> dict[str, Any]:
+    rule = codes.rule
+    fields = {key: value for key, value in vars(rule).items() if isinstance(value, Tensor)}
+    return {
+        "rule": type(rule).__name__,
+        "axis": getattr(rule, "axis", None),
+        "shape": list(codes.shape),
+        "symbols": keep(f"{name}/symbols", codes.symbols),
+        "fields": {key: keep(f"{name}/{key}", value) for key, value in fields.items()},
+    }
+
+
+def conform(model: nn.Module, data: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+    """Makes a fresh model of the user's class equal to the one that `blueprint` described, in place.
+
+    Raises:
+        BadData: the model is of another class or configuration.
+        FormatError: the data are not a blueprint.
+    """
+    shapes = {name: tuple(tensors[key].shape) for name, key in data["plain"].items()}
+    restructure(model, data, shapes)
+    shared: dict[str, nn.Parameter] = {}
+    with torch.no_grad():
+        for name, key in data["plain"].items():
+            path, _, leaf = name.rpartition(".")
+            getattr(_module(model, path), leaf).copy_(tensors[key])
+    stacks: dict[tuple[str, ...], Stack] = {}
+    for name, held in data["weights"].items():
+        path, _, leaf = name.rpartition(".")
+        free = [shared.setdefault(key, nn.Parameter(tensors[key].clone())) for key in held["free"]]
+        same = tuple(held["free"])
+        if same not in stacks:
+            stacks[same] = Stack([_form(spec, tensors) for spec in held["forms"]])
+        _register(_module(model, path), leaf, stacks[same], free)
+    for path, forms in data["activations"].items():
+        for at, spec in forms.items():
+            if at not in ACTIVATIONS:
+                raise unknown("place of a form", at, ACTIVATIONS)
+            attach(_module(model, path), _form(spec, tensors), at)
+    for name, held in data["codes"].items():
+        path, _, leaf = name.rpartition(".")
+        declare_codes(_module(model, path), leaf, codes_from(held, tensors))
+    frozen = set(data["frozen"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.is_floating_point() and name not in frozen)
+    return model
+
+
+def _form(spec: dict[str, Any], tensors: dict[str, Tensor]) -> Form:
+    return Form.restored(
+        spec["type"], spec["settings"], {k: tensors[key].clone() for k, key in spec["tensors"].items()}
+    )
+
+
+def codes_from(held: dict[str, Any], tensors: dict[str, Tensor]) -> Codes:
+    """Codes from their stored data."""
+    fields = {key: tensors[name] for key, name in held["fields"].items()}
+    if held["rule"] == "Affine":
+        rule: Any = Affine(axis=held["axis"], **fields)
+    elif held["rule"] in ("Table", "Product"):
+        rule = Table(**fields) if held["rule"] == "Table" else Product(**fields)
+    else:
+        raise unknown("rule", str(held["rule"]), ("Affine", "Table", "Product"))
+    return Codes(tensors[held["symbols"]], rule, tuple(held["shape"]))

@@ -1,0 +1,174 @@
+"""The one training loop: a plain loop on Accelerate, which brings devices, several processes and mixed precision."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from featherweight.core.check import positive
+from featherweight.core.ledger import note
+from featherweight.core.progress import track
+from featherweight.core.task import Batch, Task, length, run
+from featherweight.errors import BadData, CompressionError, MissingNeed, unknown
+
+Step = Callable[[nn.Module, Batch, float], dict[str, Tensor]]
+"""`(model, batch, progress) -> named loss terms`; their sum is minimised, `progress` runs from 0 to 1."""
+
+MakeOptimizer = Callable[[list[nn.Parameter], float], Optimizer]
+
+OPTIMIZERS: dict[str, MakeOptimizer] = {
+    "adam": lambda params, lr: Adam(params, lr=lr),
+    "adamw": lambda params, lr: AdamW(params, lr=lr, weight_decay=0.05),
+    "sgd": lambda params, lr: SGD(params, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4),
+}
+DECAYS: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1 - progress,
+}
+
+
+def fit(
+    model: nn.Module,
+    task: Task,
+    *,
+    epochs: float,
+    lr: float = 1e-3,
+    optimizer: str | MakeOptimizer | None = None,
+    decay: str | Callable[[float], float] = "cosine",
+    step: Step | None = None,
+    also: Sequence[tuple[Iterable[nn.Parameter], Step]] = (),
+    params: Iterable[nn.Parameter] | None = None,
+    before_epoch: Callable[[int], None] | None = None,
+    after_backward: Callable[[float], None] | None = None,
+    after_step: Callable[[float], None] | None = None,
+    label: str = "fit",
+) -> nn.Module:
+    """Trains `model` in place on `task.train` and returns it, in the mode (train or eval) that it came in.
+
+    Args:
+        epochs: passes over the training data; a fraction trains on that part of a pass.
+        lr: the learning rate at the start.
+        optimizer: "adam" (default), "adamw", "sgd" (Nesterov momentum 0.9, weight decay 5e-4), or
+            `(params, lr) -> Optimizer`.
+        decay: "cosine", "constant", "linear" or `progress -> factor` of the learning rate.
+        step: the loss as named terms; `task.loss` when left out.
+        also: further (parameters, step) pairs that are updated after every step, such as discriminators.
+        params: what to train; every parameter that requires a gradient when left out.
+        before_epoch: called with the number of the epoch.
+        after_backward: called with the progress, when gradients are there and before they are applied.
+        after_step: called with the progress after every update.
+
+    Raises:
+        MissingNeed: the task has no training data.
+        CompressionError: a loss term is not finite (it is named).
+    """
+    from accelerate import Accelerator
+
+    if task.train is None:
+        raise MissingNeed("fit needs training data: pass Task(train=...)")
+    positive("epochs", epochs, zero=True)
+    if epochs == 0:
+        return model
+    was_training = model.training
+    accelerator = Accelerator()
+    step = step or _task_loss(task)
+    trained = [p for p in (params if params is not None else model.parameters()) if p.requires_grad]
+    wrapped, main = accelerator.prepare(model, _optimizer(optimizer, trained, positive("lr", lr)))
+    others = [(accelerator.prepare(_optimizer(optimizer, list(ps), lr)), other) for ps, other in also]
+    factor = DECAYS.get(decay) if isinstance(decay, str) else decay
+    if factor is None:
+        raise unknown("decay", str(decay), DECAYS)
+    scales = [(group, group["lr"]) for opt in (main, *(o for o, _ in others)) for group in opt.param_groups]
+
+    batches_per_epoch = _length(task.train)
+    total = max(1, round(epochs * batches_per_epoch))
+    wrapped.train()
+    for index, epoch, batch in track(_batches(task.train, total, accelerator, before_epoch), label, total):
+        progress = index / total
+        for group, base in scales:
+            group["lr"] = base * factor(progress)
+        terms = step(wrapped, batch, progress)
+        if len(terms) > 1 and index % batches_per_epoch == 0:
+            _note_shares(terms, trained, epoch)
+        loss = _total(terms)
+        main.zero_grad(set_to_none=True)
+        accelerator.backward(loss)
+        if after_backward is not None:
+            after_backward(progress)
+        main.step()
+        for other, other_step in others:
+            other.zero_grad(set_to_none=True)
+            accelerator.backward(_total(other_step(wrapped, batch, progress)))
+            other.step()
+        if after_step is not None:
+            after_step(progress)
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    main.zero_grad(set_to_none=True)
+    return model.train(was_training)
+
+
+def _task_loss(task: Task) -> Step:
+    def step(model: nn.Module, batch: Batch, progress: float) -> dict[str, Tensor]:
+        output, target = run(model, task, batch)
+        return {"loss": task.loss(output, target)}
+
+    return step
+
+
+def _optimizer(make: str | MakeOptimizer | None, params: list[nn.Parameter], lr: float) -> Optimizer:
+    if callable(make):
+        return make(params, lr)
+    if (make or "adam") not in OPTIMIZERS:
+        raise unknown("optimizer", str(make), OPTIMIZERS)
+    return OPTIMIZERS[make or "adam"](params, lr)
+
+
+def _length(batches: Iterable[Batch]) -> int:
+    count = length(batches)
+    count = sum(1 for _ in batches) if count is None else count
+    if count == 0:
+        raise BadData("the training data are empty: at least one batch is needed")
+    return count
+
+
+def _batches(
+    batches: Iterable[Batch], total: int, accelerator: Any, before_epoch: Callable[[int], None] | None
+) -> Iterator[tuple[int, int, Batch]]:
+    """`total` batches as (index, epoch, batch), over as many epochs as it takes; each process takes every n-th."""
+    count, mine, index = accelerator.num_processes, accelerator.process_index, 0
+    for epoch in itertools.count():
+        if before_epoch is not None:
+            before_epoch(epoch)
+        for position, batch in enumerate(batches):
+            if position % count == mine:
+                yield index, epoch, batch
+            index += 1
+            if index >= total:
+                return
+
+
+def _total(terms: dict[str, Tensor]) -> Tensor:
+    loss = torch.stack([term.float() for term in terms.values()]).sum()
+    if not torch.isfinite(loss):
+        bad = [name for name, term in terms.items() if not torch.isfinite(term)]
+        raise CompressionError(f"the loss term {', '.join(bad) or 'sum'} is not finite: lower the learning rate")
+    return loss
+
+
+def _note_shares(terms: dict[str, Tensor], params: list[nn.Parameter], epoch: int) -> None:
+    """Notes which share of the gradient each loss term has, at the start of an epoch."""
+    norms = {}
+    for name, term in terms.items():
+        if term.requires_grad:
+            grads = torch.autograd.grad(term, params, retain_graph=True, allow_unused=True)
+            norms[name] = math.sqrt(sum(float(g.detach().square().sum()) for g in grads if g is not None))
+    whole = sum(norms.values()) or 1.0
+    shares = ", ".join(f"{name} {norm / whole:.0%}" for name, norm in norms.items())
+    note(f"gradient shares at epoch {epoch}: {shares}")

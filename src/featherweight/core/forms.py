@@ -1,0 +1,478 @@
+"""How a tensor is held while it is being compressed: soft weights and activations on torch parametrizations and hooks.
+
+A *form* turns free parameters into a weight (a mask, a grid, a codebook), or rewrites an activation or its gradient.
+`attach` puts it on a module, `bake` makes plain tensors of the weights again and leaves the exact integers beside them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from featherweight.core.ledger import note
+from featherweight.errors import BadOption, unknown
+
+# --- the exact integers behind a weight -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Affine:
+    """`weight = (symbol - zero_point) * scale`, one scale and zero point in all or one per index of `axis`."""
+
+    scale: Tensor
+    zero_point: Tensor
+    axis: int | None = None
+
+    def decode(self, symbols: Tensor, shape: tuple[int, ...]) -> Tensor:
+        scale, zero = along(self.scale, self.axis, len(shape)), along(self.zero_point, self.axis, len(shape))
+        return (symbols.view(shape) - zero).to(self.scale.dtype) * scale
+
+
+@dataclass(frozen=True)
+class Table:
+    """`weight = values[symbol]`."""
+
+    values: Tensor
+
+    def decode(self, symbols: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return self.values[symbols.long()].view(shape)
+
+
+@dataclass(frozen=True)
+class Product:
+    """Product codebook: `codebooks` (m, k, d) hold k vectors for each block of d columns of the flattened weight.
+
+    `symbols` are (out, m); `weight[o, block j] = codebooks[j, symbols[o, j]]`.
+    """
+
+    codebooks: Tensor
+
+    def decode(self, symbols: Tensor, shape: tuple[int, ...]) -> Tensor:
+        blocks = [self.codebooks[j, symbols[:, j].long()] for j in range(self.codebooks.shape[0])]
+        return torch.cat(blocks, 1).view(shape)
+
+
+Rule = Affine | Table | Product
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The exact integers behind a weight of `shape`, and the rule that turns them into it, bit for bit."""
+
+    symbols: Tensor
+    rule: Rule
+    shape: tuple[int, ...]
+
+    def decode(self) -> Tensor:
+        """The weight, of `shape`."""
+        return self.rule.decode(self.symbols, self.shape)
+
+    def masked(self, keep: Tensor) -> Codes:
+        """The same codes with zeros where `keep` is False; a rule without a zero becomes a table that has one."""
+        if isinstance(self.rule, Affine):
+            zero = along(self.rule.zero_point, self.rule.axis, len(self.shape))
+            if bool((zero == zero.round()).all()):
+                symbols = torch.where(keep, self.symbols.view(self.shape), zero.to(self.symbols.dtype))
+                return replace(self, symbols=symbols)
+        return from_values(torch.where(keep, self.decode(), 0.0))
+
+
+def along(values: Tensor, axis: int | None, dims: int) -> Tensor:
+    """Values, one in all or one per index of `axis`, shaped to broadcast over a tensor of `dims` dimensions."""
+    if axis is None or values.dim() == 0:
+        return values
+    return values.view([-1 if d == axis else 1 for d in range(dims)])
+
+
+def from_values(weight: Tensor) -> Codes:
+    """The codes of any tensor: a table of its distinct values. Bit-exact (`-0.0` and `0.0` are one value: 0.0).
+
+    >>> codes = from_values(torch.tensor([0.5, 0.0, 0.5]))
+    >>> codes.symbols.tolist(), codes.rule.values.tolist()
+    ([1, 0, 1], [0.0, 0.5])
+    """
+    values, symbols = torch.unique(weight.detach() + 0.0, return_inverse=True)
+    return Codes(symbols, Table(values), tuple(weight.shape))
+
+
+def codes_of(module: nn.Module, name: str = "weight") -> Codes | None:
+    """The codes that `bake` left beside a tensor, or None; dropped, and that is noted, if the tensor changed since."""
+    store: dict[str, Codes] = getattr(module, "_fw_codes", {})
+    codes = store.get(name)
+    if codes is None:
+        return None
+    tensor = getattr(module, name)
+    if codes.shape == tuple(tensor.shape) and torch.equal(codes.decode(), tensor.detach().cpu()):
+        return codes
+    del store[name]
+    note(f"the codes of a {type(module).__name__}.{name} were dropped: the weight has changed since it was quantized")
+    return None
+
+
+def declare_codes(module: nn.Module, name: str, codes: Codes) -> None:
+    """Leaves codes beside a plain tensor."""
+    module.__dict__["_fw_codes"] = {**module.__dict__.get("_fw_codes", {}), name: codes}
+
+
+# --- forms ------------------------------------------------------------------------------------------------------------
+
+
+class Form(nn.Module, ABC):
+    """How one tensor is held. Final classes list their plain attributes in `settings`, so that a form can be stored."""
+
+    order: ClassVar[int] = 1
+    stores: ClassVar[Literal["weight", "free"]] = "weight"
+    settings: ClassVar[tuple[str, ...]] = ()
+    known: ClassVar[dict[str, type[Form]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        Form.known[cls.__name__] = cls
+
+    @abstractmethod
+    def forward(self, *free: Tensor, keep: Tensor | None = None) -> Tensor:
+        """The tensor that the module sees; `keep` is the mask, so that scales are taken over survivors."""
+
+    def free(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """The free parameters for a given weight."""
+        return (weight,)
+
+    def codes(self, *free: Tensor, keep: Tensor | None = None) -> Codes | None:
+        """The integers behind `forward(*free)`, bit for bit; None for a form that has none."""
+        return None
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """JSON-able settings and named tensors, from which `restored` makes the same form again."""
+        tensors = {f"p.{k}": v for k, v in self.named_parameters()} | {f"b.{k}": v for k, v in self.named_buffers()}
+        return {name: getattr(self, name) for name in self.settings}, tensors
+
+    @staticmethod
+    def restored(name: str, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Form:
+        """The form of which `state` was taken.
+
+        Raises:
+            UnknownName: no form has this name.
+        """
+        if name not in Form.known:
+            raise unknown("form", name, Form.known)
+        form: Form = Form.known[name].__new__(Form.known[name])
+        nn.Module.__init__(form)
+        for key in form.settings:
+            setattr(form, key, settings[key])
+        for key, tensor in tensors.items():
+            kind, _, field = key.partition(".")
+            if kind == "p":
+                form.register_parameter(field, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+            else:
+                form.register_buffer(field, tensor)
+        return form
+
+
+class Mask(Form):
+    """Zeros that stay zeros.
+
+    With `grad="dense"` pruned weights still learn: splicing, soft and iterative methods need it.
+    """
+
+    order = 2
+    settings = ("grad",)
+    keep: Tensor
+
+    def __init__(self, keep: Tensor, grad: Literal["kept", "dense"] = "kept") -> None:
+        super().__init__()
+        self.grad = grad
+        self.register_buffer("keep", keep.bool())
+
+    def forward(self, *free: Tensor, keep: Tensor | None = None) -> Tensor:
+        (weight,) = free
+        masked = torch.where(self.keep, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+        return masked if self.grad == "kept" else weight + (masked - weight).detach()
+
+
+class Codebook(Form):
+    """Trained sharing: `weight = centroids[index]`; the gradient of a centroid is the sum over its weights.
+
+    Source: Han et al., ICLR 2016, arXiv:1510.00149, eq. 3. The free parameters are the centroids, shape (k,).
+    """
+
+    stores = "free"
+    index: Tensor
+
+    def __init__(self, centroids: Tensor, index: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("index", index)
+        self._start = centroids.detach().clone()
+
+    def free(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return (self._start,)
+
+    def forward(self, *free: Tensor, keep: Tensor | None = None) -> Tensor:
+        (centroids,) = free
+        return centroids[self.index.long()]
+
+    def codes(self, *free: Tensor, keep: Tensor | None = None) -> Codes | None:
+        (centroids,) = free
+        return Codes(self.index.detach().cpu(), Table(centroids.detach().cpu()), tuple(self.index.shape))
+
+
+class Stack(nn.Module):
+    """The forms of one tensor, innermost first: reshape 0 < snap 1 < mask 2."""
+
+    def __init__(self, forms: list[Form]) -> None:
+        super().__init__()
+        ordered: list[Form] = sorted(forms, key=lambda form: form.order)
+        self.forms = nn.ModuleList(ordered)
+        self.start: tuple[Tensor, ...] = ()
+
+    def held(self) -> list[Form]:
+        return [form for form in self.forms if isinstance(form, Form)]
+
+    @property
+    def keep(self) -> Tensor | None:
+        return next((form.keep for form in self.held() if isinstance(form, Mask)), None)
+
+    def forward(self, *free: Tensor) -> Tensor:
+        keep = self.keep
+        value: tuple[Tensor, ...] = free
+        for form in self.held():
+            value = (form(*value, keep=keep),)
+        return value[0]
+
+    def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """What torch registers at first: the free parameters of the moment, which `_register` then ties in."""
+        return self.start[0] if len(self.start) == 1 else self.start
+
+    def codes(self, *free: Tensor) -> Codes | None:
+        codes, value = None, free
+        for form in self.held():
+            if isinstance(form, Mask):
+                codes = codes.masked(form.keep.cpu()) if codes is not None else None
+            else:
+                codes = form.codes(*value, keep=self.keep)
+            value = (form(*value, keep=self.keep),)
+        return codes
+
+
+# --- attach and bake --------------------------------------------------------------------------------------------------
+
+ACTIVATIONS = ("input", "output", "grad")
+
+
+def attach(module: nn.Module, form: Form, at: str = "weight", *, root: nn.Module | None = None) -> None:
+    """Puts a form on a tensor (`weight`, any parameter's name) or on the `input`, `output` or `grad`ient of a module.
+
+    Forms on one tensor stack in their own order; a second form of the same order replaces the first.
+    With `root`, every module of it that owns the same parameter gets the same forms.
+
+    Raises:
+        BadOption: the module has no such parameter.
+    """
+    if at in ACTIVATIONS:
+        _attach_activation(module, form, at)
+        return
+    if not has_forms(module, at) and not isinstance(getattr(module, at, None), nn.Parameter):
+        raise BadOption(f"{type(module).__name__} has no parameter {at!r} to attach {type(form).__name__} to")
+    owners = [(module, at)] if root is None else _owners(root, module, at)
+    forms, free = _merged(module, form, at)
+    stack = Stack(forms)
+    for owner, name in owners:
+        _register(owner, name, stack, free)
+
+
+def has_forms(module: nn.Module, name: str = "weight") -> bool:
+    """Whether forms stand on this tensor."""
+    return parametrize.is_parametrized(module) and name in module.parametrizations  # type: ignore[operator]
+
+
+def form_names(module: nn.Module) -> list[str]:
+    """The names of the tensors of a module that forms stand on."""
+    return list(_lists(module))
+
+
+def forms_of(module: nn.Module, name: str = "weight") -> list[Form]:
+    """The forms that stand on a tensor, innermost first."""
+    return _stack(module, name).held() if has_forms(module, name) else []
+
+
+def mask_of(module: nn.Module, name: str = "weight") -> Tensor | None:
+    """The mask that stands on a tensor (True: kept), or None."""
+    return next((form.keep for form in forms_of(module, name) if isinstance(form, Mask)), None)
+
+
+def _lists(module: nn.Module) -> Any:
+    """The parametrizations of a module by tensor name, empty if it has none."""
+    return module.parametrizations if parametrize.is_parametrized(module) else {}
+
+
+def _stack(module: nn.Module, name: str) -> Stack:
+    stack: Stack = _lists(module)[name][0]
+    return stack
+
+
+def originals(module: nn.Module, name: str) -> list[nn.Parameter]:
+    """The free parameters under the forms of a tensor."""
+    held = _lists(module)[name]
+    return (
+        [held.original] if hasattr(held, "original") else [getattr(held, f"original{i}") for i in range(held.ntensors)]
+    )
+
+
+def _merged(module: nn.Module, form: Form, at: str) -> tuple[list[Form], list[nn.Parameter]]:
+    """The forms after adding one, and their free parameters."""
+    present = forms_of(module, at)
+    if not present:
+        parameter = getattr(module, at)
+        return [form], _free(form, parameter)
+    others = [f for f in present if f.order != form.order]
+    inner = min(f.order for f in present)
+    if form.order > inner and others:
+        return [*others, form], originals(module, at)
+    under = originals(module, at)  # the new form becomes the innermost
+    replaced = next((f for f in present if f.order == form.order), None)
+    base = under[0] if replaced is None or replaced.stores == "weight" else getattr(module, at).detach()
+    return [*others, form], _free(form, base)
+
+
+def _free(form: Form, base: Tensor) -> list[nn.Parameter]:
+    free = form.free(base)
+    if len(free) == 1 and free[0] is base and isinstance(base, nn.Parameter):
+        return [base]
+    return [nn.Parameter(f.detach().clone()) for f in free]
+
+
+def _owners(root: nn.Module, module: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
+    """Every (module, name) that holds the same parameter, forms or not."""
+    wanted = originals(module, name)[0] if has_forms(module, name) else getattr(module, name)
+    found = []
+    for owner in root.modules():
+        if isinstance(owner, parametrize.ParametrizationList):
+            continue
+        found += [(owner, n) for n, p in owner._parameters.items() if p is wanted]
+        found += [(owner, n) for n in _lists(owner) if originals(owner, n)[0] is wanted]
+    return found
+
+
+def _register(module: nn.Module, name: str, stack: Stack, free: list[nn.Parameter]) -> None:
+    """Registers a stack over given free parameters, on a class that no copy of the module shares."""
+    rest = {n: (_stack(module, n), originals(module, n)) for n in _lists(module) if n != name}
+    if parametrize.is_parametrized(module):
+        _plain(module)
+    for tensor_name, (held, parameters) in {**rest, name: (stack, free)}.items():
+        with torch.no_grad():
+            value = held(*parameters)
+            held.start = tuple(p.detach().clone() for p in parameters)
+        module.register_parameter(tensor_name, nn.Parameter(value.detach().clone()))
+        parametrize.register_parametrization(module, tensor_name, held, unsafe=True)
+        held.start = ()
+        target = _lists(module)[tensor_name]
+        names = ["original"] if hasattr(target, "original") else [f"original{i}" for i in range(target.ntensors)]
+        for own, parameter in zip(names, parameters, strict=True):
+            target._parameters[own] = parameter
+
+
+def _plain(module: nn.Module) -> None:
+    """Takes the forms off, restoring the class on this instance alone: copies share the generated class."""
+    values = {n: getattr(module, n).detach().clone() for n in _lists(module)}
+    trainable = {n: any(p.requires_grad for p in originals(module, n)) for n in values}
+    del module._modules["parametrizations"]
+    module.__class__ = type(module).__bases__[0]
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value, requires_grad=trainable[name]))
+
+
+def bake(model: nn.Module) -> nn.Module:
+    """Makes plain tensors of all weights, in place: outputs unchanged, codes left beside the weights, ties kept.
+
+    Forms on activations stay, frozen: they are part of what the network computes.
+    """
+    tied: dict[int, nn.Parameter] = {}
+    alive: list[list[nn.Parameter]] = []
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            free = {name: originals(module, name) for name in _lists(module)}
+            with torch.no_grad():
+                codes = {name: _stack(module, name).codes(*held) for name, held in free.items()}
+            _plain(module)
+            for name, held in free.items():
+                # keeping the free parameters in `alive` keeps their identities unique until all owners are plain
+                alive.append(held)
+                module.register_parameter(name, tied.setdefault(id(held[0]), getattr(module, name)))
+                if (found := codes[name]) is not None:
+                    declare_codes(module, name, found)
+        for at in ACTIVATIONS:
+            if f"fw_{at}" in module._modules:
+                module.get_submodule(f"fw_{at}").requires_grad_(False)
+    return model
+
+
+def masked_names(model: nn.Module) -> list[tuple[str, str]]:
+    """(module path, tensor name) of every tensor that carries a mask."""
+    found = []
+    for path, module in model.named_modules():
+        found += [(path, n) for n in _lists(module) if mask_of(module, n) is not None]
+    return found
+
+
+def mask_zeros(model: nn.Module, names: list[tuple[str, str]]) -> None:
+    """Masks the zeros of the named tensors, so that training after a change of shape does not bring them back."""
+    for path, name in names:
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:  # the layer was removed or replaced
+            continue
+        if isinstance(getattr(module, name, None), nn.Parameter):
+            attach(module, Mask(getattr(module, name) != 0), at=name, root=model)
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+
+def _attach_activation(module: nn.Module, form: Form, at: str) -> None:
+    known = f"fw_{at}" in module._modules
+    module.add_module(f"fw_{at}", form)
+    if known:
+        return
+    if at == "input":
+        module.register_forward_pre_hook(_on_input)
+    elif at == "output":
+        module.register_forward_hook(_on_output)
+    else:
+        module.register_forward_hook(_on_grad)
+
+
+def activation_form(module: nn.Module, at: str) -> Form | None:
+    """The form on a module's `input`, `output` or `grad`, or None."""
+    return module._modules.get(f"fw_{at}")  # type: ignore[return-value]
+
+
+# The hooks are functions that look their form up on the module, so that a deep copy finds its own.
+def _on_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (module._modules["fw_input"](args[0]), *args[1:])  # type: ignore[misc]
+
+
+def _on_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return module._modules["fw_output"](output)  # type: ignore[misc]
+
+
+def _on_grad(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    if not (torch.is_grad_enabled() and output.requires_grad):
+        return output
+    return _QuantizedGradient.apply(output, module._modules["fw_grad"])
+
+
+class _QuantizedGradient(torch.autograd.Function):
+    """The identity, whose gradient passes through a form."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, form: Form) -> Tensor:
+        ctx.form = form
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.form(grads[0]), None

@@ -1,0 +1,115 @@
+"""Choosing layers and changing a model: `targets`, `swap`, `taps`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from featherweight.core.ledger import skip
+from featherweight.errors import BadOption, unknown
+
+Where = nn.Module | str | type | Callable[[str, nn.Module], bool] | Sequence[Any] | None
+"""One way to choose layers: a module, an exact name, a glob, `re:...`, a type or its name, a predicate, or several."""
+
+WEIGHTED: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+
+
+def targets(
+    model: nn.Module, where: Where = None, types: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
+) -> dict[str, nn.Module]:
+    """The layers of given types that `where` chooses, by path; all of them when it is None. Shared modules appear once.
+
+    Layers with weights that are of no given type are reported as skipped.
+
+    Raises:
+        UnknownName: a pattern matches nothing (the nearest paths are named).
+        BadOption: the model has no layer of these types.
+    """
+    # named_modules yields each shared module once, at its first path
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, types)}
+    names = " or ".join(t.__name__ for t in types)
+    for path, module in model.named_modules():
+        if isinstance(module, WEIGHTED) and not isinstance(module, types):
+            skip(path, f"a {type(module).__name__}: this method works on {names}")
+    if where is None:
+        if not layers:
+            raise BadOption(f"the model has no {names} layer, which this method works on: choose another method")
+        return layers
+    chosen: dict[str, nn.Module] = {}
+    for pattern in where if isinstance(where, (list, tuple, set)) else [where]:
+        matched = {path: m for path, m in layers.items() if _matches(pattern, path, m)}
+        if not matched:
+            raise unknown("layer pattern", str(getattr(pattern, "__name__", pattern)), layers, f"among {names} layers")
+        chosen |= matched
+    for path in layers.keys() - chosen.keys():
+        skip(path, "not chosen by where=")
+    return {path: m for path, m in layers.items() if path in chosen}
+
+
+def _matches(pattern: Any, path: str, module: nn.Module) -> bool:
+    if isinstance(pattern, nn.Module):
+        return module is pattern or any(module is m for m in pattern.modules())
+    if isinstance(pattern, type):
+        return isinstance(module, pattern)
+    if callable(pattern):
+        return bool(pattern(path, module))
+    if isinstance(pattern, str) and pattern.startswith("re:"):
+        try:
+            return re.search(pattern[3:], path) is not None
+        except re.error as error:
+            raise BadOption(f"layer pattern {pattern!r} is no regular expression: {error}") from None
+    return path == pattern or fnmatchcase(path, str(pattern)) or pattern in {t.__name__ for t in type(module).__mro__}
+
+
+def swap(model: nn.Module, path: str, new: nn.Module) -> nn.Module:
+    """Puts `new` in the place of the module at `path`, at every path where that module stands, and returns `new`.
+
+    The place is marked, so that the container can rebuild it inside the user's own class.
+
+    Raises:
+        BadOption: the path is the model itself.
+    """
+    if not path:
+        raise BadOption("the whole model cannot be swapped for another inside itself: wrap it in nn.Sequential")
+    old = model.get_submodule(path)
+    new.train(old.training)
+    new._fw_swapped = True  # type: ignore[assignment]
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new
+    return new
+
+
+@contextmanager
+def taps(model: nn.Module, paths: Sequence[str], at: str = "output") -> Iterator[dict[str, Tensor]]:
+    """Collects, at every call of the model, the outputs (or inputs) of the modules at these paths.
+
+    Raises:
+        UnknownName: a path is no module of the model.
+    """
+    known = dict(model.named_modules())
+    seen: dict[str, Tensor] = {}
+    handles = []
+    for path in paths:
+        if path not in known:
+            raise unknown("layer", path, [p for p in known if p])
+        handles.append(known[path].register_forward_hook(_tap(seen, path, at)))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tap(seen: dict[str, Tensor], path: str, at: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        value = args[0] if at == "input" else output
+        seen[path] = value[0] if isinstance(value, tuple) else value
+
+    return hook

@@ -1,0 +1,60 @@
+"""Small networks and tasks that the tests share; every test starts from the same seed."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import featherweight.core.task as core
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+class Batches:
+    """Re-iterable batches over tensors in memory, in a fixed order."""
+
+    def __init__(self, x: Tensor, y: Tensor, size: int = 32) -> None:
+        self.x, self.y, self.size = x, y, size
+
+    def __len__(self) -> int:
+        return (len(self.x) + self.size - 1) // self.size
+
+    def __iter__(self):
+        return zip(self.x.split(self.size), self.y.split(self.size), strict=True)
+
+
+def blobs(shape: tuple[int, ...], classes: int = 4, n: int = 128, noise: float = 0.3) -> tuple[Tensor, Tensor]:
+    """Noisy copies of one random pattern per class: a problem that a small network learns in a few steps."""
+    generator = torch.Generator().manual_seed(1)
+    centres = torch.randn(classes, *shape, generator=generator)
+    y = torch.arange(n) % classes
+    return centres[y] + noise * torch.randn(n, *shape, generator=generator), y
+
+
+def small_task(shape: tuple[int, ...] = (1, 8, 8), classes: int = 4, **options) -> core.Task:
+    x, y = blobs(shape, classes)
+    return core.Task(train=Batches(x[:96], y[:96]), valid=Batches(x[96:], y[96:]), **options)
+
+
+def small_mlp(classes: int = 4) -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, classes))
+
+
+def small_cnn(classes: int = 4) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, classes),
+    )

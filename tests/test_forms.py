@@ -1,0 +1,169 @@
+"""Forms stack, survive copies and training, and bake to the same outputs with their codes beside the weights."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from conftest import small_mlp, small_task
+from featherweight.core.blueprint import blueprint, conform
+from featherweight.core.fit import fit
+from featherweight.core.forms import (
+    Affine,
+    Codebook,
+    Codes,
+    Mask,
+    Product,
+    Table,
+    attach,
+    bake,
+    codes_of,
+    forms_of,
+    from_values,
+    mask_of,
+    mask_zeros,
+    masked_names,
+)
+from featherweight.errors import BadOption
+
+
+def shared(weight: torch.Tensor, k: int = 3) -> Codebook:
+    centroids = torch.linspace(float(weight.min()), float(weight.max()), k)
+    return Codebook(centroids, (weight.unsqueeze(-1) - centroids).abs().argmin(-1))
+
+
+def test_masks_are_outermost_whoever_attaches_first():
+    layer = nn.Linear(6, 5)
+    keep = torch.rand(5, 6) > 0.5
+    weight = layer.weight.detach().clone()
+    attach(layer, Mask(keep))
+    attach(layer, shared(weight))
+    assert [type(f).__name__ for f in forms_of(layer)] == ["Codebook", "Mask"]
+    assert torch.equal(layer.weight == 0, ~keep)
+    assert layer.weight.unique().numel() == 4
+
+
+def test_bake_keeps_outputs_and_leaves_codes():
+    layer = nn.Linear(6, 5)
+    weight = layer.weight.detach().clone()
+    attach(layer, shared(weight))
+    attach(layer, Mask(torch.rand(5, 6) > 0.5))
+    x = torch.randn(3, 6)
+    before = layer(x)
+    bake(layer)
+    assert type(layer) is nn.Linear
+    assert set(dict(layer.named_parameters())) == {"weight", "bias"}
+    assert torch.equal(layer(x), before)
+    codes = codes_of(layer)
+    assert codes is not None
+    assert torch.equal(codes.decode(), layer.weight)
+
+
+def test_codes_are_dropped_once_the_weight_changes():
+    layer = nn.Linear(6, 5)
+    attach(layer, shared(layer.weight.detach()))
+    bake(layer)
+    with torch.no_grad():
+        layer.weight[0, 0] += 1
+    assert codes_of(layer) is None
+
+
+def test_baking_a_copy_leaves_the_original_working():
+    model = small_mlp()
+    attach(model[1], Mask(torch.rand(32, 64) > 0.5))
+    twin = copy.deepcopy(model)
+    attach(twin[1], Mask(torch.rand(32) > 0.5), at="bias")
+    bake(twin)
+    x = torch.randn(2, 1, 8, 8)
+    assert model(x).shape == (2, 4)
+    assert (model[1].weight == 0).float().mean() > 0.3
+    assert type(twin[1]) is nn.Linear
+    assert type(model[1].bias) is nn.Parameter
+
+
+def test_pruned_weights_stay_zero_under_momentum_and_decay():
+    model, task = small_mlp(), small_task()
+    keep = torch.rand(32, 64) > 0.7
+    attach(model[1], Mask(keep))
+    fit(model, task, epochs=2, lr=0.05, optimizer="sgd")
+    assert torch.equal(model[1].weight == 0, ~keep)
+
+
+@pytest.mark.parametrize(("grad", "moved"), [("kept", False), ("dense", True)])
+def test_gradient_of_pruned_weights(grad, moved):
+    layer = nn.Linear(4, 4, bias=False)
+    attach(layer, Mask(torch.zeros(4, 4), grad=grad))
+    layer(torch.ones(1, 4)).sum().backward()
+    assert bool(layer.parametrizations.weight.original.grad.abs().sum() > 0) is moved
+
+
+def test_centroid_gradient_is_the_sum_over_its_weights():
+    layer = nn.Linear(6, 5, bias=False)
+    book = shared(layer.weight.detach())
+    attach(layer, book)
+    x = torch.randn(7, 6)
+    layer(x).square().sum().backward()
+    plain = layer.weight.detach().clone().requires_grad_()
+    (x @ plain.T).square().sum().backward()
+    expected = torch.zeros(3).index_add_(0, book.index.flatten(), plain.grad.flatten())
+    assert torch.allclose(layer.parametrizations.weight.original.grad, expected, rtol=1e-5)
+
+
+def test_tied_parameters_share_forms_and_stay_tied():
+    model = nn.ModuleDict({"a": nn.Embedding(7, 4), "b": nn.Linear(4, 7, bias=False)})
+    model["b"].weight = model["a"].weight
+    attach(model["a"], Mask(torch.rand(7, 4) > 0.5), root=model)
+    assert torch.equal(model["a"].weight, model["b"].weight)
+    assert len(list(model.parameters())) == 1
+    bake(model)
+    assert model["a"].weight is model["b"].weight
+    assert (model["a"].weight == 0).any()
+
+
+def test_unknown_tensor_is_refused():
+    with pytest.raises(BadOption, match="has no parameter 'wight'"):
+        attach(nn.Linear(2, 2), Mask(torch.ones(2, 2)), at="wight")
+
+
+def test_zeros_can_be_masked_again_after_a_bake():
+    model = small_mlp()
+    attach(model[1], Mask(torch.rand(32, 64) > 0.5))
+    names = masked_names(model)
+    bake(model)
+    zeros = model[1].weight == 0
+    mask_zeros(model, names)
+    assert torch.equal(mask_of(model[1]), ~zeros)
+
+
+@given(st.lists(st.sampled_from([0.0, -0.0, 0.1, -0.1, 3.0, 1e-30]), max_size=40))
+def test_table_codes_are_exact(values):
+    weight = torch.tensor(values)
+    assert torch.equal(from_values(weight).decode(), weight)
+
+
+def test_rules_decode():
+    affine = Codes(torch.tensor([[0, 1], [2, 3]]), Affine(torch.tensor([1.0, 10.0]), torch.tensor([1, 2]), 0), (2, 2))
+    assert affine.decode().tolist() == [[-1.0, 0.0], [0.0, 10.0]]
+    product = Codes(torch.tensor([[1, 0]]), Product(torch.tensor([[[0.0], [1.0]], [[5.0], [6.0]]])), (1, 2))
+    assert product.decode().tolist() == [[1.0, 5.0]]
+    half = Codes(torch.tensor([0, 1]), Affine(torch.tensor(2.0), torch.tensor(0.5)), (2,))
+    masked = half.masked(torch.tensor([True, False]))
+    assert isinstance(masked.rule, Table)
+    assert masked.decode().tolist() == [-1.0, 0.0]
+
+
+def test_blueprint_round_trip_keeps_forms_values_and_gradients():
+    model, task = small_mlp(), small_task()
+    attach(model[1], shared(model[1].weight.detach(), 5))
+    attach(model[1], Mask(torch.rand(32, 64) > 0.5))
+    attach(model[3], Mask(torch.rand(4, 32) > 0.2, grad="dense"))
+    data, tensors = blueprint(model)
+    twin = conform(small_mlp(), data, tensors)
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(twin(x), model(x))
+    fit(model, task, epochs=1)
+    fit(twin, task, epochs=1)
+    assert torch.equal(twin(x), model(x))
