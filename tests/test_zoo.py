@@ -94,6 +94,7 @@ def test_keyword_options_win_over_those_of_the_name() -> None:
         ("resnet:dept=8", UnknownName, "option of network 'resnet' 'dept': did you mean 'depth'"),
         ("resnet:depth", BadOption, "expected option=value"),
         ("resnet:depth=9", BadOption, "6n\\+2"),
+        *((f"{name}:width=0", BadOption, "width=0") for name in ("resnet", "vgg", "mobilenet_v1", "mobilenet_v2")),
         ("resnet:shortcut=C", BadOption, "projection"),
         ("vit:patch=5", BadOption, "a divisor of the image size 28"),
         ("vit:heads=5", BadOption, "a divisor of dim=64"),

@@ -29,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from featherweight.core.check import whole
 from featherweight.core.task import Task
-from featherweight.errors import BadData, BadOption, unknown
+from featherweight.errors import BadData, unknown
 
 Transform = Callable[[Tensor], Tensor]
 CALIBRATION = 1024  # images drawn from train for what only looks at activations
@@ -87,10 +88,9 @@ class Batches:
             raise BadData(f"{len(x)} inputs for {len(y)} targets: expected as many of one as of the other")
         if not len(x):
             raise BadData("no samples: expected at least one")
-        if batch_size < 1:
-            raise BadOption(f"batch_size={batch_size}: expected at least 1")
         self.x, self.y = x, y
-        self.batch_size, self.shuffle, self.transform = batch_size, shuffle, transform
+        self.batch_size = whole("batch_size", batch_size, low=1)
+        self.shuffle, self.transform = shuffle, transform
 
     def __len__(self) -> int:
         return math.ceil(len(self.y) / self.batch_size)
@@ -121,8 +121,8 @@ def task(
     """
     if name not in DATA:
         raise unknown("data set", name, DATA)
-    if limit is not None and limit < 1:
-        raise BadOption(f"limit={limit}: expected at least 1, or None for all images")
+    if limit is not None:
+        whole("limit", limit, low=1)
     data = DATA[name]
     normalise = _normalise(data.mean, data.deviation)
     train, valid, test = (_draw(part, limit, seed) for part in data.read(Path(root) if root else default_root()))

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from featherweight.core.check import positive
 from featherweight.errors import BadOption, unknown
 
 
@@ -135,28 +136,23 @@ def resnet(
     """
     _require(depth >= 8 and depth % 6 == 2, f"depth={depth}", "a depth of 6n+2: 8, 14, 20, 32, 44, 56, 110")
     _require(shortcut in ("A", "B"), f"shortcut={shortcut!r}", '"A" (pad with zeros) or "B" (projection)')
+    positive("width", width)
     scaled = tuple(max(1, round(c * width)) for c in channels)
     return initialise(ResNet(in_channels, classes, scaled, (depth - 2) // 6, shortcut))
 
 
 @final
-class VGG(nn.Module):
-    """3x3 convolutions with batch norm, max-pooling between groups, global average pooling, one linear layer."""
+class PooledClassifier(nn.Module):
+    """Features, global average pooling, dropout if any, one linear layer."""
 
-    def __init__(self, in_channels: int, classes: int, plan: tuple[tuple[int, ...], ...]) -> None:
+    def __init__(self, features: nn.Module, width: int, classes: int, dropout: float = 0.0) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        c = in_channels
-        for i, group in enumerate(plan):
-            layers += [nn.MaxPool2d(2)] if i else []
-            for width in group:
-                layers += [nn.Conv2d(c, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-                c = width
-        self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(c, classes)
+        self.features = features
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.classifier = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
+        return self.classifier(self.dropout(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1)))
 
 
 def vgg(
@@ -171,8 +167,16 @@ def vgg(
     `plan` lists the widths group by group, max-pooling between the groups; `width` multiplies them. Departs from the
     paper: batch norm, and global average pooling with one linear layer in place of three. Slower in `channels_last`.
     """
-    scaled = tuple(tuple(max(1, round(c * width)) for c in group) for group in plan)
-    return initialise(VGG(in_channels, classes, scaled))
+    positive("width", width)
+    layers: list[nn.Module] = []
+    inputs = in_channels
+    for i, group in enumerate(plan):
+        layers += [nn.MaxPool2d(2)] if i else []
+        for channels in group:
+            outputs = max(1, round(channels * width))
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+            inputs = outputs
+    return initialise(PooledClassifier(nn.Sequential(*layers), inputs, classes))
 
 
 def separable(inputs: int, outputs: int, stride: int) -> nn.Module:
@@ -197,20 +201,6 @@ def conv_bn(
     return nn.Sequential(*layers, *([activation()] if activation else []))
 
 
-@final
-class Stack(nn.Module):
-    """Features, global average pooling, dropout, one linear layer."""
-
-    def __init__(self, features: nn.Module, width: int, classes: int, dropout: float) -> None:
-        super().__init__()
-        self.features = features
-        self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(width, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.dropout(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1)))
-
-
 MOBILENET_V1 = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))
 
 
@@ -222,11 +212,12 @@ def mobilenet_v1(
     Departs from the paper: of its five halvings of the image (the first in the stem) only the last `halvings` are
     kept, so that small images are not pooled away; five give the paper's network.
     """
+    positive("width", width)
     strides = _last_halvings([2, *(s for _, s in MOBILENET_V1)], halvings)
     widths = [_multiple_of_8(c * width) for c in (32, *(c for c, _ in MOBILENET_V1))]
     blocks = [separable(a, b, s) for a, b, s in zip(widths, widths[1:], strides[1:], strict=False)]
     stem = conv_bn(in_channels, widths[0], 3, strides[0])
-    return initialise(Stack(nn.Sequential(stem, *blocks), widths[-1], classes, dropout))
+    return initialise(PooledClassifier(nn.Sequential(stem, *blocks), widths[-1], classes, dropout))
 
 
 @final
@@ -266,6 +257,7 @@ def mobilenet_v2(
     Departs from the paper: `halvings` as in `mobilenet_v1`, and the last 1x1 layer shrinks with widths below one too
     (the paper keeps 1280), which small images and few classes do not need.
     """
+    positive("width", width)
     rows = [(t, c, s if i == 0 else 1) for t, c, n, s in MOBILENET_V2 for i in range(n)]
     strides = _last_halvings([2, *(s for _, _, s in rows)], halvings)
     widths = [_multiple_of_8(c * width) for c in (32, *(c for _, c, _ in rows))]
@@ -275,7 +267,7 @@ def mobilenet_v2(
     ]
     stem = conv_bn(in_channels, widths[0], 3, strides[0], activation=nn.ReLU6)
     head = conv_bn(widths[-1], last, 1, activation=nn.ReLU6)
-    return initialise(Stack(nn.Sequential(stem, *blocks, head), last, classes, dropout))
+    return initialise(PooledClassifier(nn.Sequential(stem, *blocks, head), last, classes, dropout))
 
 
 @final
