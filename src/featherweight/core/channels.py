@@ -1,0 +1,774 @@
+"""Which channels live and die together, and their removal: `channel_groups`, `remove_channels`.
+
+`channel_groups` traces the model and lets labels flow through its graph (see `labels`); whatever shares a label is one
+channel: rows of one weight, columns of the next, entries of norms, across residual sums, concatenations and views.
+Before it answers it removes a few channels of every kind from a copy and compares the copy's output with masking; kinds
+that the model's code does not follow (a size written into its source, say) are pinned and listed with the reason.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from featherweight.core.labels import Flow, compact, components, flow_labels
+from featherweight.core.ledger import skip
+from featherweight.core.task import as_call, device_of, eval_mode, to_device
+from featherweight.core.trace import interpret, operator_name, placed, trace, weight_tensors
+from featherweight.errors import BadOption, CompressionError, unknown
+
+Doomed = Mapping[str, Sequence[int] | Tensor] | Iterable[int] | Tensor
+"""Channels to remove: {layer path: indices of its outputs}, or numbers of channels."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Entries of one tensor that belong to a channel: `index` along `dim`, of the rows `rows` only if that is set."""
+
+    path: str
+    dim: int
+    index: tuple[int, ...]
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that share layers, and those layers."""
+
+    channels: tuple[int, ...]
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Numbers in the code of the module at `path`, each with the channels it counts (None: it never changes)."""
+
+    path: str
+    numbers: tuple[tuple[int, Tensor | None], ...]
+
+
+@dataclass(frozen=True)
+class Channels:
+    """The removable channels of a model, numbered from 0. Valid until channels are removed.
+
+    A vector of channels has one number an entry, -1 where the entry stays whatever is asked (see `pinned`).
+    """
+
+    count: int
+    outputs: dict[str, Tensor]  # layer path -> channel of each of its outputs
+    inputs: dict[str, Tensor]  # layer path -> channel of each of its inputs
+    axes: dict[tuple[str, int], Tensor]  # (tensor, dimension) -> channel of each entry
+    blocks: dict[str, Tensor]  # weight of a grouped convolution -> (groups, inputs of a group)
+    equal: tuple[tuple[Tensor, ...], ...]  # families of vectors that must lose equally many entries each
+    pinned: dict[str, str]  # layer path -> why some or all of its outputs stay
+    counted: tuple[Counted, ...] = ()
+    rescales: tuple[tuple[tuple[str, ...], Tensor, Tensor], ...] = ()  # tensors, rows, channels of the head size
+    norms: dict[str, tuple[Tensor, int]] = field(default_factory=dict)  # node -> channels, groups (0: a layer norm)
+    program: ExportedProgram | None = field(default=None, repr=False)
+    example_inputs: Any = field(default=None, repr=False)
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Sets of channels that share layers; removing one never changes the layers of another's outputs."""
+        edges = [torch.stack([ids[:-1], ids[1:]]) for ids in (v[v >= 0] for v in self.outputs.values())]
+        joined = torch.cat([*edges, torch.empty(2, 0, dtype=torch.long)], 1)
+        part = components(joined[0], joined[1], self.count)
+        found = []
+        for number in part.unique().tolist():
+            members = (part == number).nonzero().flatten()
+            layers = tuple(p for p, ids in self.outputs.items() if torch.isin(ids, members).any())
+            found.append(Group(tuple(members.tolist()), layers))
+        return found
+
+    def members(self, channel: int) -> list[tuple[str, int]]:
+        """Every layer output (path, index) that is this channel."""
+        return [(p, i) for p, ids in self.outputs.items() for i in (ids == channel).nonzero().flatten().tolist()]
+
+    def slices(self, channel: int) -> list[Slice]:
+        """Every entry of every tensor that goes with this channel."""
+        found = []
+        for (path, dim), ids in self.axes.items():
+            if len(index := (ids == channel).nonzero().flatten()):
+                found.append(Slice(path, dim, tuple(index.tolist())))
+        for path, table in self.blocks.items():
+            for group, row in enumerate(table == channel):
+                if row.any():
+                    height = len(self.axes[path, 0]) // len(table)
+                    rows = (group * height, (group + 1) * height)
+                    found.append(Slice(path, 1, tuple(row.nonzero().flatten().tolist()), rows))
+        return found
+
+    def pool(self, scores: Mapping[str, Tensor], how: Literal["sum", "mean", "max"] = "sum") -> Tensor:
+        """One score for every channel (count,) from scores of layer outputs; NaN for channels that none of them has.
+
+        Raises:
+            BadOption: a layer that has no channels, or scores of the wrong length.
+        """
+        kind: Any = {"sum": "sum", "mean": "mean", "max": "amax"}[how]
+        index, values = [], []
+        for path, score in scores.items():
+            ids = self._outputs(path)
+            if len(ids) != len(score):
+                raise BadOption(f"{len(score)} scores for {path}: it has {len(ids)} outputs, give one for each")
+            index.append(ids[ids >= 0])
+            values.append(score.detach().flatten().cpu()[ids >= 0].to(torch.float64))
+        if not index:
+            return torch.full((self.count,), torch.nan, dtype=torch.float64)
+        blank = torch.full((self.count,), torch.nan, dtype=torch.float64)
+        where = torch.cat(index)
+        pooled = blank.scatter_reduce(0, where, torch.cat(values), kind, include_self=False)
+        return torch.where(torch.isin(torch.arange(self.count), where), pooled, blank)
+
+    def agreed(self, doomed: Mapping[str, Sequence[int] | Tensor]) -> Tensor:
+        """Channels that every layer of the mapping that holds them wants removed, as numbers.
+
+        Give every layer that was scored, with no indices where it wants none removed.
+        """
+        wanted, kept = (torch.zeros(self.count, dtype=torch.bool) for _ in range(2))
+        for path, index in doomed.items():
+            ids = self._outputs(path)
+            chosen = torch.zeros(len(ids), dtype=torch.bool)
+            chosen[self._checked(path, index, len(ids))] = True
+            wanted[ids[chosen & (ids >= 0)]] = True
+            kept[ids[~chosen & (ids >= 0)]] = True
+        return (wanted & ~kept).nonzero().flatten()
+
+    def chosen(self, doomed: Doomed) -> Tensor:
+        """Numbers of the channels that are asked for, each once, in the order given; pinned ones are skipped aloud.
+
+        Raises:
+            BadOption: a layer without channels, or an index out of range.
+        """
+        if not isinstance(doomed, Mapping):
+            numbers = torch.as_tensor(list(doomed) if not isinstance(doomed, Tensor) else doomed, dtype=torch.long)
+            self._checked("channels", numbers, self.count)
+            return _once(numbers.flatten())
+        parts = [torch.empty(0, dtype=torch.long)]
+        for path, index in doomed.items():
+            ids = self._outputs(path)
+            found = ids[self._checked(path, index, len(ids))]
+            if (found < 0).any():
+                skip(path, f"outputs that cannot be removed ({self.pinned.get(path, 'coupled to a pinned layer')})")
+            parts.append(found[found >= 0])
+        return _once(torch.cat(parts))
+
+    def legal(self, doomed: Doomed, multiple: int = 1) -> Tensor:
+        """What of this can be removed: no layer is emptied, and what must lose equally many does.
+
+        Args:
+            doomed: channels, the most expendable first: where some must stay, the last of them do.
+            multiple: the number of outputs that every layer keeps is a multiple of this, or all of them.
+        """
+        numbers = self.chosen(doomed)
+        rank = torch.full((self.count,), -1)
+        rank[numbers] = torch.arange(len(numbers))
+        while (spared := self._spared(rank, multiple)) is not None:
+            rank[spared] = -1
+        return numbers[rank[numbers] >= 0]
+
+    def _spared(self, rank: Tensor, multiple: int) -> Tensor | None:
+        """Channels that must stay after all, given the order in which channels go (-1: stays)."""
+        vectors = [(name, ids) for (name, _), ids in self.axes.items()]
+        vectors += [(name, row) for name, table in self.blocks.items() for row in table]
+        for name, ids in vectors:
+            if (spared := _last(ids, rank, 1 - int(_staying(ids, rank).sum()))) is not None:
+                skip(name.rpartition(".")[0], "one channel kept: no layer is emptied")
+                return spared
+        for family in self.equal:
+            lost = [len(ids) - int(_staying(ids, rank).sum()) for ids in family]
+            for ids, losses in zip(family, lost, strict=True):
+                if (spared := _last(ids, rank, losses - min(lost))) is not None:
+                    return spared
+        if multiple > 1:
+            for ids in self.outputs.values():
+                kept = int(_staying(ids, rank).sum())
+                wanted = min(-(-kept // multiple) * multiple, len(ids))
+                if (spared := _last(ids, rank, wanted - kept)) is not None:
+                    return spared
+        return None
+
+    def _outputs(self, path: str) -> Tensor:
+        if path not in self.outputs:
+            raise unknown("layer with channels", path, self.outputs)
+        return self.outputs[path]
+
+    @staticmethod
+    def _checked(path: str, index: Sequence[int] | Tensor, size: int) -> Tensor:
+        chosen = torch.as_tensor(index, device="cpu").flatten()
+        chosen = chosen.nonzero().flatten() if chosen.dtype == torch.bool else chosen.long()
+        if len(chosen) and (int(chosen.min()) < 0 or int(chosen.max()) >= size):
+            raise BadOption(f"{path}: index {int(chosen.min())}..{int(chosen.max())}, expected 0..{size - 1}")
+        return chosen
+
+
+def _once(numbers: Tensor) -> Tensor:
+    return torch.tensor(list(dict.fromkeys(numbers.tolist())), dtype=torch.long)
+
+
+def _staying(ids: Tensor, rank: Tensor) -> Tensor:
+    return (
+        torch.where(ids < 0, True, rank[ids.clamp_min(0)] < 0) if len(rank) else torch.ones_like(ids, dtype=torch.bool)
+    )
+
+
+def _last(ids: Tensor, rank: Tensor, count: int) -> Tensor | None:
+    """The last channels of a vector in the order of removal, so many that at least `count` entries of it return."""
+    if count <= 0:
+        return None
+    going = ids[~_staying(ids, rank)]
+    order = _once(going[rank[going].argsort(descending=True)])
+    entries = torch.cumsum(torch.stack([(ids == c).sum() for c in order]), 0)
+    return order[: int((entries < count).sum()) + 1]
+
+
+# --- finding them ----------------------------------------------------------------------------------------------------
+
+
+def channel_groups(model: nn.Module, example_inputs: Any) -> Channels:
+    """The channels of a model that can be removed, with everything that goes with each.
+
+    Args:
+        example_inputs: a tensor, a tuple of arguments, or a dictionary of keyword arguments.
+
+    Raises:
+        BadData: the model holds parametrizations (bake it first).
+        TraceError: torch.export refuses the model.
+    """
+    program = trace(model, example_inputs)
+    example_inputs = to_device(example_inputs, device_of(model))
+    with eval_mode(model):
+        flow = flow_labels(model, program, example_inputs)
+    reasons = _pins(flow)
+    channels = _numbered(flow, reasons, program, example_inputs)
+    refused = _probe(model, channels)
+    for number, reason in refused.items():
+        flow.pin(_labels_of(flow, channels, number), reason)
+    channels = _numbered(flow, _pins(flow), program, example_inputs) if refused else channels
+    for path, reason in channels.pinned.items():
+        skip(path, f"outputs that cannot be removed: {reason}")
+    return channels
+
+
+def _pins(flow: Flow) -> dict[int, str]:
+    """The representatives of pinned labels, and why."""
+    reasons: dict[int, str] = {}
+
+    def add(labels: Tensor, reason: str) -> None:
+        for root in flow.unions.find(labels).unique().tolist():
+            reasons.setdefault(root, reason)
+
+    for labels, reason in flow.pins:
+        add(labels, reason)
+    for (name, _), labels in flow.axes.items():
+        if name in flow.fixed:
+            add(labels, flow.fixed[name])
+    used = {name for name, _ in flow.axes}
+    for name, labels in flow.elements.items():
+        varying = [n for n in compact(flow.unions.find(labels)).shape if n > 1]
+        if name in flow.fixed or name in used or len(varying) != 1:
+            add(labels, flow.fixed.get(name, "a weight that is used as data in more than one way"))
+            for (tied, _), axis in flow.axes.items():
+                if tied == name:
+                    add(axis, "a weight that is also used as data")
+    return reasons
+
+
+def _numbered(flow: Flow, reasons: Mapping[int, str], program: ExportedProgram, example_inputs: Any) -> Channels:
+    """Channels from labels: what is not pinned gets a number, in order of the layers."""
+    axes = {key: flow.unions.find(labels) for key, labels in flow.axes.items()}
+    for name, labels in flow.elements.items():
+        found = compact(flow.unions.find(labels))
+        varying = [d for d in range(found.dim()) if found.size(d) > 1]
+        if len(varying) == 1:
+            axes[name, varying[0]] = found.flatten()
+    roots = _once(torch.cat([torch.empty(0, dtype=torch.long), *axes.values()]))
+    free = torch.tensor([r for r in roots.tolist() if r not in reasons], dtype=torch.long)
+    table = torch.full((len(flow.unions.parent),), -1)
+    table[free] = torch.arange(len(free))
+
+    def number(labels: Tensor) -> Tensor:
+        return table[flow.unions.find(labels)]
+
+    def number_or_none(labels: Tensor | None) -> Tensor | None:
+        return None if labels is None else number(labels)
+
+    pinned = {}
+    for path, labels in flow.outputs.items():
+        stays = [reasons[r] for r in flow.unions.find(labels).tolist() if r in reasons]
+        if stays:
+            pinned[path] = stays[0]
+    norms = {node: (number(labels), 0) for node, labels in flow.norms.items()}
+    return Channels(
+        count=len(free),
+        outputs={path: number(labels) for path, labels in flow.outputs.items()},
+        inputs={path: number(labels) for path, labels in flow.inputs.items()},
+        axes={key: table[labels] for key, labels in axes.items()},
+        blocks={name: number(labels) for name, labels in flow.blocks.items()},
+        equal=tuple(tuple(number(part) for part in family) for family in flow.equal),
+        pinned=pinned,
+        counted=tuple(
+            Counted(found.path, tuple((n, number_or_none(labels)) for n, labels in found.numbers))
+            for found in flow.literals
+        ),
+        rescales=tuple((r.tensors, r.rows, number(r.labels)) for r in flow.rescales),
+        norms=norms | {node: (number(labels), groups) for node, (labels, groups) in flow.spans.items()},
+        program=program,
+        example_inputs=example_inputs,
+    )
+
+
+def _labels_of(flow: Flow, channels: Channels, number: int) -> Tensor:
+    """Labels that a channel's number stands for."""
+    for key, ids in channels.axes.items():
+        if (ids == number).any():
+            if key in flow.axes:
+                return flow.axes[key][ids == number]
+            return compact(flow.unions.find(flow.elements[key[0]])).flatten()[ids == number]
+    return torch.empty(0, dtype=torch.long)
+
+
+# --- trying a removal ------------------------------------------------------------------------------------------------
+
+
+def _kinds(channels: Channels) -> list[Tensor]:
+    """Channels by the set of places they appear in: what works for one of a kind works for all of it."""
+    places: list[list[int]] = [[] for _ in range(channels.count)]
+    vectors = [*channels.axes.values(), *(row for table in channels.blocks.values() for row in table)]
+    vectors += [ids for found in channels.counted for _, ids in found.numbers if ids is not None]
+    vectors += [part for family in channels.equal for part in family]
+    for place, ids in enumerate(vectors):
+        for number in ids[ids >= 0].unique().tolist():
+            places[number].append(place)
+    kinds: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for number, where in enumerate(places):
+        kinds[tuple(where)].append(number)
+    return [torch.tensor(numbers) for numbers in kinds.values()]
+
+
+def _probe(model: nn.Module, channels: Channels) -> dict[int, str]:
+    """Channels that cannot be removed after all, with the reason; tries one of every kind on a copy of the model."""
+    kinds = _kinds(channels)
+    refused: dict[int, str] = {}
+
+    def refuse(kind: Tensor, reason: str) -> None:
+        refused.update(dict.fromkeys(kind.tolist(), reason))
+
+    trials = []
+    for kind in kinds:
+        sample = kind[len(kind) // 3]
+        together = _completed(channels, sample)
+        if sample in together:
+            trials.append((kind, together))
+        else:
+            refuse(kind, "the only channel of a layer")
+    lab = _Lab(model, channels)
+    accepted: list[Tensor] = []
+
+    def grow(part: list[tuple[Tensor, Tensor]]) -> None:
+        wanted = torch.cat([*accepted, *(together for _, together in part)]).unique()
+        reason = lab.difference(channels.legal(wanted)) if part else None
+        if reason is None:
+            accepted.extend(together for _, together in part)
+        elif len(part) == 1:
+            refuse(part[0][0], reason)
+        else:
+            grow(part[: len(part) // 2])
+            grow(part[len(part) // 2 :])
+
+    grow(trials)
+    return refused
+
+
+def _completed(channels: Channels, sample: Tensor) -> Tensor:
+    """One channel, and what its families then have to lose as well."""
+    doomed = sample.reshape(1)
+    for _ in range(4):
+        for family in channels.equal:
+            lost = [torch.isin(ids, doomed) for ids in family]
+            most = max(int(mask.sum()) for mask in lost)
+            for ids, mask in zip(family, lost, strict=True):
+                spare = ids[~mask & (ids >= 0)][: most - int(mask.sum())]
+                doomed = torch.cat([doomed, spare])
+    return channels.legal(doomed)
+
+
+class _Lab:
+    """A copy of a model in double precision, without dead channels, on which removals are tried and undone."""
+
+    def __init__(self, model: nn.Module, channels: Channels) -> None:
+        self.channels, self.model = channels, copy.deepcopy(model).eval()
+        self.inputs = channels.example_inputs
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for tensor in {id(t): t for t in weight_tensors(self.model).values()}.values():
+                if tensor.is_floating_point():
+                    noise = torch.rand(tensor.shape, generator=generator).to(tensor) + 0.5
+                    size = tensor.abs().mean().nan_to_num(0.0, 0.0, 0.0).clamp_min(0.05)
+                    tensor.copy_(torch.where(tensor.abs() > 1e-3 * size, tensor, size) * noise)
+        self.double()
+
+    def double(self) -> None:
+        """Double precision, if the model's code can do without single precision."""
+        from_single = {torch.float32: torch.float64}
+        wide = pytree.tree_map(
+            lambda x: x.to(from_single.get(x.dtype, x.dtype)) if isinstance(x, Tensor) else x, self.inputs
+        )
+        trial = copy.deepcopy(self.model).double()
+        try:
+            with torch.no_grad():
+                expected = masked_outputs(trial, replace(self.channels, example_inputs=wide), torch.empty(0))
+                args, kwargs = as_call(wide)
+                if _differ(expected, trial(*args, **kwargs), 1e-9) is None:
+                    self.model, self.inputs = trial, wide
+        except (RuntimeError, TypeError):
+            return
+
+    def difference(self, doomed: Tensor) -> str | None:
+        """Why removing these channels is not the same as masking them, or None where it is."""
+        channels = replace(self.channels, example_inputs=self.inputs)
+        double = any(p.dtype == torch.float64 for p in self.model.parameters())
+        with torch.no_grad():
+            expected = masked_outputs(self.model, channels, doomed)
+            undo = _remove(self.model, channels, doomed)
+            try:
+                return _verdict(self.model, self.inputs, expected, 1e-7 if double else 2e-4)
+            finally:
+                for step in reversed(undo):
+                    step()
+
+
+def _verdict(model: nn.Module, inputs: Any, expected: Sequence[Any], tolerance: float) -> str | None:
+    args, kwargs = as_call(inputs)
+    try:
+        found = model(*args, **kwargs)
+    except Exception as error:  # the user's code may raise anything on sizes it did not expect
+        text = next(iter(str(error).splitlines()), "")
+        return f"the model's code does not follow a removal ({type(error).__name__}: {text[:120]})"
+    return _differ(expected, found, tolerance)
+
+
+def _differ(expected: Sequence[Any], found: Any, tolerance: float) -> str | None:
+    """What is wrong with an output, or None."""
+    for a, b in zip(expected, pytree.tree_leaves(found), strict=True):
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            continue
+        if a.shape != b.shape:
+            return f"the output's shape would change from {tuple(a.shape)} to {tuple(b.shape)}"
+        if a.is_floating_point() and a.numel():
+            gap = float((a - b).abs().max() / a.abs().max().clamp_min(1e-12))
+            if not gap <= tolerance and not torch.equal(a.isnan(), torch.ones_like(a, dtype=torch.bool)):
+                return f"the model's code does not follow a removal (its output would move by {gap:.1e})"
+    return None
+
+
+def masked_outputs(model: nn.Module, channels: Channels, doomed: Tensor) -> list[Any]:
+    """What the traced graph computes when these channels' weights are zero: the outputs, flattened.
+
+    Layer, RMS and group norms take their statistics over the channels that stay; attention keeps its scale.
+    """
+    assert channels.program is not None  # noqa: S101 - only absent in channels made by hand
+    gone = torch.zeros(channels.count + 1, dtype=torch.bool)
+    gone[doomed.long()] = True
+    weights = {name: t.detach() for name, t in weight_tensors(model).items()}
+    masked: dict[int, Tensor] = {}
+    for name, mask, dim in _masks(channels, gone):
+        base = masked.get(id(weights[name]), weights[name])
+        shape = [1] * base.dim()
+        shape[dim] = base.shape[dim]
+        if mask.dim() == 2:  # (groups, inputs of a group): the rows of each group have their own columns
+            mask = mask.repeat_interleave(base.shape[0] // len(mask), 0)
+            shape[0] = base.shape[0]
+        masked[id(weights[name])] = base.masked_fill(mask.reshape(shape).to(base.device), 0)
+    held = {name: masked.get(id(t), t) for name, t in weights.items()}
+
+    def call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if node.name in channels.norms:
+            ids, groups = channels.norms[node.name]
+            if gone[ids].any() and groups != ids.numel():
+                return _norm(operator_name(node), args, kwargs, ~gone[ids], groups)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    place = placed(channels.program, held, channels.example_inputs)
+    return pytree.tree_leaves(interpret(channels.program, place, call))
+
+
+def _masks(channels: Channels, gone: Tensor) -> Iterable[tuple[str, Tensor, int]]:
+    """Tensor, mask along a dimension, that dimension: wherever something goes."""
+    for (name, dim), ids in channels.axes.items():
+        if gone[ids].any():
+            yield name, gone[ids], dim
+    for name, table in channels.blocks.items():
+        if gone[table].any():
+            yield name, gone[table], 1
+
+
+def _norm(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any], keep: Tensor, groups: int) -> Tensor:
+    """A layer, RMS or group norm with statistics over the kept channels only."""
+    x, keep = args[0], keep.to(args[0].device)
+    if groups:
+        weight, bias = (args[i] if len(args) > i else None for i in (2, 3))
+        wide = keep.reshape(groups, -1, *[1] * (x.dim() - 2)).expand(groups, -1, *x.shape[2:])
+        split, dims = x.reshape(x.shape[0], groups, -1, *x.shape[2:]), tuple(range(2, x.dim() + 1))
+        shape: tuple[int, ...] = (-1, *[1] * (x.dim() - 2))
+    else:
+        weight, bias = (args[i] if len(args) > i else None for i in (2, 3))
+        bias = None if kind == "rms_norm" else bias
+        dims = tuple(range(-len(args[1]), 0))
+        wide, split, shape = keep.expand(x.shape[-keep.dim() :]), x, tuple(args[1])
+    eps = kwargs.get(
+        "eps", args[3 if kind == "rms_norm" else 4] if len(args) > (3 if kind == "rms_norm" else 4) else None
+    )
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    count = (
+        wide.expand(split.shape[-wide.dim() :]).sum(dims, keepdim=True)
+        if groups == 0
+        else wide.sum(tuple(range(1, wide.dim())), keepdim=True)
+    )
+    mean = 0 if kind == "rms_norm" else (split * wide).sum(dims, keepdim=True) / count
+    centred = (split - mean) * wide
+    out = (centred / (centred.square().sum(dims, keepdim=True) / count + eps).sqrt()).reshape(x.shape)
+    out = out if weight is None else out * weight.reshape(shape)
+    return out if bias is None else out + bias.reshape(shape)
+
+
+# --- removing them ---------------------------------------------------------------------------------------------------
+
+
+def remove_channels(
+    model: nn.Module, doomed: Doomed, *, channels: Channels, optimizer: Optimizer | None = None
+) -> nn.Module:
+    """Removes channels and everything that goes with them, in place; checks that this equals masking them.
+
+    What cannot go is left and said (`skip`): pinned channels, the last one of a layer, what would leave groups unequal.
+    Attributes of modules follow their new sizes; each one changed is noted in `model._fw_edits[path][attribute]`.
+
+    Args:
+        doomed: {layer path: indices of its outputs} or numbers of channels, the most expendable first.
+        channels: of this model as it is, from `channel_groups`.
+        optimizer: its state is cut to the entries that stay.
+
+    Raises:
+        BadOption: an unknown layer or an index out of range; `channels` of another model, or from before a removal.
+        CompressionError: the smaller model does not compute what masking does; the model is as it was.
+    """
+    numbers = channels.legal(doomed)
+    _check_fits(model, channels)
+    if not len(numbers):
+        return model
+    held = {id(t): t for t in weight_tensors(model).values()}
+    with eval_mode(model):
+        expected = masked_outputs(model, channels, numbers)
+        edits: dict[str, dict[str, Any]] = {}
+        undo = _remove(model, channels, numbers, edits, optimizer)
+        half = any(t.dtype in (torch.float16, torch.bfloat16) for t in held.values())
+        wrong = _verdict(model, channels.example_inputs, expected, 0.1 if half else 1e-3)
+        if wrong is not None:
+            for step in reversed(undo):
+                step()
+            raise CompressionError(f"channels were not removed: {wrong}; call channel_groups anew, or mask instead")
+    made: dict[str, dict[str, Any]] = getattr(model, "_fw_edits", {})
+    model._fw_edits = {p: {**made.get(p, {}), **edits.get(p, {})} for p in {**made, **edits}}  # type: ignore[assignment]
+    return model
+
+
+def _check_fits(model: nn.Module, channels: Channels) -> None:
+    weights = weight_tensors(model)
+    for (name, dim), ids in channels.axes.items():
+        if name not in weights or weights[name].shape[dim] != len(ids):
+            raise BadOption(f"channels do not fit {name}: call channel_groups on this model, anew after each removal")
+
+
+def _remove(
+    model: nn.Module,
+    channels: Channels,
+    doomed: Tensor,
+    edits: dict[str, dict[str, Any]] | None = None,
+    optimizer: Optimizer | None = None,
+) -> list[Callable[[], None]]:
+    """Cuts tensors and follows up attributes; returns the steps that undo it, to be taken in reverse."""
+    gone = torch.zeros(channels.count + 1, dtype=torch.bool)  # the last entry is for -1
+    gone[doomed] = True
+    cuts: dict[str, list[tuple[Tensor, int]]] = defaultdict(list)
+    for name, mask, dim in _masks(channels, gone):
+        cuts[name].append((~mask, dim))
+    undo: list[Callable[[], None]] = []
+    weights, owners = weight_tensors(model), _owners(model)
+    scale = {name: (rows, ids) for names, rows, ids in channels.rescales for name in names if gone[ids].any()}
+    for name in dict.fromkeys([*cuts, *scale]):
+        old = weights[name]
+        new = old.detach().clone()
+        if name in scale:
+            rows, ids = scale[name]
+            new[rows.to(new.device)] *= ((~gone[ids]).sum() / len(ids)).sqrt().to(new)
+        for keep, dim in sorted(cuts.get(name, []), key=lambda cut: -cut[0].dim()):
+            new = _cut(new, keep, dim)
+        fresh: Tensor = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+        for module, key in owners[id(old)]:
+            undo.append(_assign(module, key, fresh))
+        if optimizer is not None and isinstance(old, nn.Parameter) and isinstance(fresh, nn.Parameter):
+            undo.append(_follow(optimizer, old, fresh, cuts.get(name, [])))
+    for path, module in model.named_modules():
+        for key, value in _attributes(path, module, weights, channels, gone).items():
+            undo.append(_assign(module, key, value))
+            if edits is not None:
+                edits.setdefault(path, {})[key] = value
+    return undo
+
+
+def _cut(tensor: Tensor, keep: Tensor, dim: int) -> Tensor:
+    """Keeps entries along a dimension; a mask (groups, inputs of a group) keeps columns of each group of rows."""
+    keep = keep.to(tensor.device)
+    if keep.dim() == 1:
+        return tensor.index_select(dim, keep.nonzero().flatten())
+    groups = tensor.unflatten(0, (len(keep), -1))
+    return torch.cat([g[:, k] for g, k in zip(groups, keep, strict=True)])
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Every (module, attribute) that holds a tensor, by the tensor."""
+    found: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module in model.modules():
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                found[id(tensor)].append((module, key))
+    return found
+
+
+def _assign(module: nn.Module, key: str, value: Any) -> Callable[[], None]:
+    """Sets an attribute, and returns what sets it back."""
+    old = getattr(module, key)
+    setattr(module, key, value)
+    return lambda: setattr(module, key, old)
+
+
+def _follow(
+    optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, cuts: Sequence[tuple[Tensor, int]]
+) -> Callable[[], None]:
+    """Puts a new parameter in the place of an old one in an optimizer, state of its shape cut the same way."""
+    places = [(g["params"], i) for g in optimizer.param_groups for i, p in enumerate(g["params"]) if p is old]
+    for params, i in places:
+        params[i] = new
+    state = optimizer.state.pop(old, None)
+    if state is not None:
+        fresh = {}
+        for key, value in state.items():
+            fresh[key] = value
+            if isinstance(value, Tensor) and value.shape == old.shape:
+                for keep, dim in sorted(cuts, key=lambda cut: -cut[0].dim()):
+                    fresh[key] = _cut(fresh[key], keep, dim)
+        optimizer.state[new] = fresh
+
+    def undo() -> None:
+        for params, i in places:
+            params[i] = old
+        optimizer.state.pop(new, None)
+        if state is not None:
+            optimizer.state[old] = state
+
+    return undo
+
+
+# --- attributes that must agree again --------------------------------------------------------------------------------
+
+
+def _attributes(
+    path: str, module: nn.Module, before: Mapping[str, Tensor], channels: Channels, gone: Tensor
+) -> dict[str, Any]:
+    """The attributes of a module that differ after a removal, with their new values."""
+    found = _known(path, module, before)
+    if found is None:
+        found = _guided(path, module, before, channels, gone)
+    return {key: value for key, value in found.items() if getattr(module, key) != value}
+
+
+def _known(path: str, module: nn.Module, before: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Attributes of torch's own layers, read off their weights; None for any other module."""
+    weight = getattr(module, "weight", None)
+    shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
+    match module:
+        case nn.modules.conv._ConvTransposeNd():
+            groups = shape[0] if module.groups == module.in_channels and shape[1] == 1 else module.groups
+            return {"in_channels": shape[0], "out_channels": shape[1] * groups, "groups": groups}
+        case nn.modules.conv._ConvNd():
+            each = module.out_channels // module.groups
+            depthwise = module.groups > 1 and module.in_channels == module.groups
+            groups = shape[0] // each if depthwise else module.groups
+            return {"in_channels": shape[1] * groups, "out_channels": shape[0], "groups": groups}
+        case nn.Linear():
+            return {"in_features": shape[1], "out_features": shape[0]}
+        case nn.Embedding():
+            return {"embedding_dim": shape[1]}
+        case nn.modules.batchnorm._NormBase():
+            held = weight if weight is not None else module.running_mean
+            return {} if held is None else {"num_features": len(held)}
+        case nn.GroupNorm():
+            if not shape:
+                return None
+            single = module.num_groups == module.num_channels and module.num_groups > 1
+            return {"num_channels": shape[0], "num_groups": shape[0] if single else module.num_groups}
+        case nn.LayerNorm() | nn.RMSNorm():
+            return {"normalized_shape": shape} if shape else None
+        case nn.PReLU():
+            return {"num_parameters": shape[0]}
+        case nn.RNNBase():
+            sizes = (module.get_parameter(f"weight_{kind}_l0").shape[1] for kind in ("ih", "hh"))
+            return dict(zip(("input_size", "hidden_size"), sizes, strict=True))
+    return None
+
+
+def _guided(
+    path: str, module: nn.Module, before: Mapping[str, Tensor], channels: Channels, gone: Tensor
+) -> dict[str, Any]:
+    """Integer attributes of any module that are numbers in its code, or sizes of its own weights, which change.
+
+    Where several attributes have the value that several numbers have, they correspond in order; `_probe` finds out
+    whether that was right before anything relies on it.
+    """
+    seen: dict[int, list[int]] = defaultdict(list)
+    for found in channels.counted:
+        if found.path == path:
+            for number, ids in found.numbers:
+                # -1 marks a size that torch works out; a number that counts every entry changes with them
+                seen[number].append(number if ids is None or number != len(ids) else number - int(gone[ids].sum()))
+    for key, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        name = f"{path}.{key}" if path else key
+        for dim, size in enumerate(before[name].shape):
+            ids = channels.axes.get((name, dim))
+            seen[size].append(size if ids is None else size - int(gone[ids].sum()))
+    slots = _slots(module)
+    changes: dict[str, Any] = {}
+    for value, news in seen.items():
+        own = [slot for slot, held in slots.items() if held == value]
+        if not own or all(new == value for new in news):
+            continue
+        for i, (key, at) in enumerate(own):
+            mine = set(news[i :: len(own)]) if len(set(news)) > 1 and len(news) % len(own) == 0 else set(news)
+            changed = mine - {value}
+            if len(changed) == 1 and (len(mine) == 1 or len(own) == 1):
+                new = changed.pop()
+                held = changes.get(key, getattr(module, key))
+                changes[key] = new if at is None else type(held)(new if j == at else v for j, v in enumerate(held))
+    return changes
+
+
+def _slots(module: nn.Module) -> dict[tuple[str, int | None], int]:
+    """Integers among a module's own attributes, also within tuples and lists, in the order they were set."""
+    found: dict[tuple[str, int | None], int] = {}
+    for key, value in vars(module).items():
+        if key.startswith("_") or isinstance(value, bool):
+            continue
+        if isinstance(value, int):
+            found[key, None] = value
+        elif isinstance(value, (tuple, list)) and type(value) in (tuple, list):
+            found |= {(key, i): v for i, v in enumerate(value) if isinstance(v, int) and not isinstance(v, bool)}
+    return found

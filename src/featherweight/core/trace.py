@@ -1,0 +1,148 @@
+"""One way to get a model's graph: `trace`, torch.export without Dynamo, with errors that a user can act on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.export._tree_utils import reorder_kwargs
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils import _pytree as pytree
+
+from featherweight.core.task import as_call, device_of, eval_mode, to_device
+from featherweight.errors import BadData, TraceError
+
+STILL_WORKS = "masks, quantized weights and weight sharing still work on it, whatever needs the graph does not"
+
+
+def trace(model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None) -> ExportedProgram:
+    """The model's graph in evaluation mode, as torch.export sees it (strict=False); the model is left as it was.
+
+    Args:
+        example_inputs: a tensor, a tuple of arguments, or a dictionary of keyword arguments.
+        dynamic_shapes: as torch.export takes them; every size is fixed when left out.
+
+    Raises:
+        BadData: the model holds parametrizations.
+        TraceError: torch.export refuses; says at what, and what still works without a graph.
+    """
+    for path, module in model.named_modules():
+        if is_parametrized(module):
+            raise BadData(f"{path or 'the model'} still holds a parametrization: call bake(model) before tracing it")
+    args, kwargs = to_device(as_call(example_inputs), device_of(model))
+    # Warnings about attributes assigned while tracing (recurrent layers keep a list of their weights) concern nobody.
+    with eval_mode(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        except Exception as error:
+            raise TraceError(
+                f"{type(model).__name__} cannot be traced ({_cause(error)}): write the forward pass without that, "
+                f"or go on without a graph ({STILL_WORKS})"
+            ) from error
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what torch says, with its type where that is all that helps."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0].rstrip(".:") if lines else "no reason given"
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the placeholders of a traced graph stand for."""
+
+    tensors: dict[str, str]  # placeholder -> name of a parameter or buffer
+    constants: dict[str, Any]  # placeholder -> a tensor that the trace lifted out of the code
+    given: list[str]  # the user's tensors, in order of the flattened arguments
+
+
+def graph_inputs(program: ExportedProgram) -> Inputs:
+    """Sorts the placeholders of a program into weights, constants and what the user gives."""
+    tensors: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    given: list[str] = []
+    for spec in program.graph_signature.input_specs:
+        name = spec.arg.name
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            tensors[name] = str(spec.target)
+        elif spec.kind == InputKind.USER_INPUT:
+            given.append(name)
+        else:
+            constants[name] = program.constants.get(str(spec.target))
+    return Inputs(tensors, constants, given)
+
+
+def owner(node: fx.Node) -> str:
+    """Path of the innermost module whose code called this node; "" is the model itself."""
+    stack: Mapping[str, Any] | None = node.meta.get("nn_module_stack")
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def operator_name(node: fx.Node) -> str:
+    """Name of an operator without namespace and overload, the in-place twin under the same name: `add_.Tensor` is add.
+
+    >>> from torch import fx
+    >>> operator_name(fx.Graph().call_function(torch.ops.aten.add_.Tensor))
+    'add'
+    """
+    target = node.target
+    packet = getattr(target, "_opname", None) or getattr(target, "__name__", str(target))
+    return packet[:-1] if packet.endswith("_") and not packet.endswith("__") else packet
+
+
+def weight_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by every name it has (tied ones under each)."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return {**named, **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter or buffer -> the first name of the same tensor."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(t), name) for name, t in weight_tensors(model).items()}
+
+
+def placed(program: ExportedProgram, weights: Mapping[str, Tensor], example_inputs: Any) -> dict[str, Any]:
+    """What every placeholder holds: weights by name, lifted constants, and the user's inputs (copied)."""
+    inputs = graph_inputs(program)
+    args, kwargs = as_call(example_inputs)
+    spec = program.call_spec.in_spec
+    given = pytree.tree_leaves((args, reorder_kwargs(kwargs, spec) if spec is not None else kwargs))
+    values = {name: weights[target] for name, target in inputs.tensors.items()}
+    values |= inputs.constants | dict(zip(inputs.given, given, strict=True))
+    # In-place operators of the graph must not reach the caller's tensors.
+    return {k: v.clone() if isinstance(v, Tensor) and k not in inputs.tensors else v for k, v in values.items()}
+
+
+def interpret(
+    program: ExportedProgram, place: Mapping[str, Any], call: Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
+) -> Any:
+    """Walks the graph: `place` holds the placeholders' values, `call(node, args, kwargs)` computes a node.
+
+    Values may be of any type; each is dropped after its last use. Returns what the output node collects.
+    """
+    held: dict[fx.Node, Any] = {}
+    left = {node: len(node.users) for node in program.graph.nodes}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            held[node] = place[node.name]
+        elif node.op == "get_attr":
+            held[node] = getattr(program.graph_module, str(node.target))
+        elif node.op == "output":
+            return fx.node.map_arg(node.args[0], held.__getitem__)
+        else:
+            args, kwargs = (fx.node.map_arg(a, held.__getitem__) for a in (node.args, node.kwargs))
+            held[node] = call(node, args, kwargs)
+        for used in node.all_input_nodes:
+            left[used] -= 1
+            if not left[used]:
+                del held[used]
+    return None
