@@ -1,0 +1,105 @@
+"""The places of a model that methods on weights work on, and options that may differ from layer to layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar, final
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.core.forms import Mask, attach, forms_of, has_forms, originals
+from featherweight.core.ledger import recording, skip
+from featherweight.core.surgery import WEIGHTED, Where, targets
+from featherweight.errors import BadOption
+
+V = TypeVar("V")
+
+
+@final
+@dataclass(frozen=True)
+class Site:
+    """One weight tensor of a model: the layer at `path` and the parameter's `name`."""
+
+    path: str
+    module: nn.Module
+    name: str = "weight"
+
+    @staticmethod
+    def of(weight: Tensor) -> Site:
+        """A site of its own around a weight of any shape, for examples and tests."""
+        module = nn.Module()
+        module.register_parameter("weight", nn.Parameter(weight))
+        return Site("", module)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as the layer sees it, through the forms that stand on it."""
+        return getattr(self.module, self.name).detach()
+
+    @property
+    def keep(self) -> Tensor:
+        """True where no mask stands on the weight, of the weight's shape."""
+        mask = self.mask
+        return torch.ones(self.weight.shape, dtype=torch.bool) if mask is None else mask.keep.cpu()
+
+    @property
+    def mask(self) -> Mask | None:
+        """The mask that stands on the weight."""
+        return next((form for form in forms_of(self.module, self.name) if isinstance(form, Mask)), None)
+
+    def set_mask(self, model: nn.Module, keep: Tensor) -> None:
+        """Masks the weight where `keep`, of its shape, is False, for every layer of the model that owns it."""
+        if self.mask is None:
+            attach(self.module, Mask(keep.to(self.weight.device)), at=self.name, root=model)
+        else:
+            self.mask.keep.copy_(keep)
+
+
+def sites(model: nn.Module, where: Where = None, types: tuple[type[nn.Module], ...] = WEIGHTED) -> dict[str, Site]:
+    """The weights of the layers that `where` chooses, by the layer's path; a tied weight once, at its first layer.
+
+    Raises:
+        UnknownName: a pattern matches nothing.
+        BadOption: the model has no layer of these types.
+    """
+    found: dict[str, Site] = {}
+    first: dict[int, str] = {}
+    for path, module in targets(model, where, types).items():
+        held = originals(module, "weight")[0] if has_forms(module) else module.weight
+        if (owner := first.setdefault(id(held), path)) == path:
+            found[path] = Site(path, module)
+        else:
+            skip(path, f"its weight is that of {owner}, and goes with it")
+    return found
+
+
+def per_layer(
+    model: nn.Module,
+    name: str,
+    value: V | Mapping[str, V],
+    where: Where,
+    check: Callable[[str, V], V],
+    *,
+    types: tuple[type[nn.Module], ...] = WEIGHTED,
+) -> tuple[dict[str, Site], dict[str, V]]:
+    """The chosen sites and the option's value at each: one value for all, or a mapping from layer patterns to values.
+
+    A mapping chooses the layers itself; of two patterns that match a layer, the later counts.
+
+    Raises:
+        BadOption: a value is refused by `check`, or a mapping comes together with `where`.
+        UnknownName: a pattern matches nothing.
+    """
+    if not isinstance(value, Mapping):
+        chosen = sites(model, where, types)
+        return chosen, dict.fromkeys(chosen, check(name, value))
+    if where is not None:
+        raise BadOption(f"{name} names its layers itself: leave where= out, or pass one {name} for all of where")
+    chosen = sites(model, list(value), types)
+    values: dict[str, V] = {}
+    for pattern, one in value.items():
+        with recording():  # what a single pattern does not match is no remark about the stage
+            values |= dict.fromkeys(targets(model, pattern, types), check(f"{name}[{pattern!r}]", one))
+    return chosen, {path: values[path] for path in chosen}

@@ -1,0 +1,1 @@
+"""Clusterings of numbers: `(values, centroids to start from) -> centroids`."""

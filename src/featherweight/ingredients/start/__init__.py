@@ -1,0 +1,1 @@
+"""Where a clustering starts: `(values, k) -> centroids`, ascending."""
