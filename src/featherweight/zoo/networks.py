@@ -165,7 +165,7 @@ def vgg(
     """VGG with batch norm (Simonyan and Zisserman, ICLR 2015, arXiv:1409.1556); the default is a small one for 28x28.
 
     `plan` lists the widths group by group, max-pooling between the groups; `width` multiplies them. Departs from the
-    paper: batch norm, and global average pooling with one linear layer in place of three. Slower in `channels_last`.
+    paper: batch norm, and global average pooling with one linear layer in place of three.
     """
     positive("width", width)
     layers: list[nn.Module] = []
