@@ -1,0 +1,156 @@
+"""FitNets: a middle layer of the teacher guides a middle layer of the student, then the whole student is distilled."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from featherweight.catalogue import recipe
+from featherweight.core.check import positive
+from featherweight.core.fit import MakeOptimizer
+from featherweight.core.ledger import note
+from featherweight.core.task import Batch, Task, device_of, eval_mode, first, run, to_device
+from featherweight.distill import below, distill, tapped, teacher_of
+from featherweight.errors import BadOption, unknown
+from featherweight.ingredients.match.hint import Hint
+from featherweight.ingredients.match.softened import softened
+
+
+@recipe(
+    paper="Romero et al., ICLR 2015, arXiv:1412.6550",
+    family="distill",
+    needs={"labels", "train", "teacher"},
+    small={"hint_epochs": 1, "epochs": 1},
+)
+def fitnets(
+    model: nn.Module,
+    task: Task,
+    *,
+    hint: str | None = None,
+    guided: str | None = None,
+    hint_epochs: float = 5,
+    hint_lr: float = 1e-3,
+    temperature: float = 3.0,
+    weight: float = 4.0,
+    last_weight: float = 1.0,
+    epochs: float = 10,
+    lr: float = 1e-3,
+    optimizer: str | MakeOptimizer | None = None,
+) -> nn.Module:
+    """Stage 1 fits the guided layer to the hint through a regressor (eq. 3); stage 2 distils the whole (eq. 2).
+
+    Stage 2 minimises `H(y, p_S) + lambda KL(p_T^t || p_S^t)`, lambda falling linearly from `weight` to `last_weight`
+    (4 to 1 as for CIFAR; the paper's MNIST ends at 0).
+
+    Departs from the paper: Adam in place of RMSprop and fewer epochs; lambda falls over the whole of stage 2, where the
+    authors hold it for the first 5 of 400 epochs; no early stopping; the hint loss is a mean over units.
+
+    Args:
+        hint: path of the teacher's layer; its middle one when left out.
+        guided: path of the student's layer; the same path or the layer nearest the middle with maps of the hint's
+            size when left out.
+        hint_epochs: passes of stage 1.
+        hint_lr: learning rate of stage 1.
+        temperature: t of stage 2.
+        weight: lambda at the start of stage 2.
+        last_weight: lambda at its end.
+        epochs: passes of stage 2.
+        lr: learning rate of stage 2.
+        optimizer: as in `fit`.
+    """
+    for name, value in (("temperature", temperature), ("weight", weight)):
+        positive(name, value)
+    positive("last_weight", last_weight, zero=True)
+    teacher = teacher_of(model, task)
+    batch = first(task.calibrating(), "training")
+    guided, hint = choose(model, teacher, task, batch, guided, hint)
+    note(f"the teacher's layer {hint} guides the student's layer {guided}")
+
+    with eval_mode(model), eval_mode(teacher):
+        ours, theirs = (
+            tapped(m, m, task, batch, [p], whole=False)[0][p] for m, p in ((model, guided), (teacher, hint))
+        )
+    match = Hint(guided, hint, ours, to_device(theirs, device_of(model)))
+    note(f"the regressor has {sum(p.numel() for p in match.parameters()):,} parameters, in training only")
+    distill(
+        model,
+        task,
+        match=match,
+        pairs=[(guided, hint)],
+        labels=0,
+        weight=1,
+        whole=False,
+        epochs=hint_epochs,
+        lr=hint_lr,
+        optimizer=optimizer,
+        params=below(model, task, batch, guided),
+    )
+
+    def annealed(progress: float) -> float:
+        return (weight + (last_weight - weight) * progress) / temperature**2  # the paper's lambda absorbs t^2
+
+    soft = partial(softened, temperature=temperature)
+    return distill(model, task, match=soft, labels=1, weight=annealed, epochs=epochs, lr=lr, optimizer=optimizer)
+
+
+def choose(
+    student: nn.Module, teacher: nn.Module, task: Task, batch: Batch, guided: str | None, hint: str | None
+) -> tuple[str, str]:
+    """The pair (guided, hint): what was given, else the teacher's middle layer and the student's that fits it best.
+
+    Raises:
+        UnknownName: a path that is no layer, or that is not called.
+        BadOption: a network has no layer that could be taken.
+    """
+    ours, theirs = features(student, task, batch), features(teacher, task, batch)
+    for path, shapes, whose in ((guided, ours, "student"), (hint, theirs, "teacher")):
+        if path is not None and path not in shapes:
+            raise unknown(f"layer of the {whose}", path, shapes)
+    hint = hint or _middle(theirs, "teacher")
+    wanted = theirs[hint]
+    fitting = {p: s for p, s in ours.items() if len(s) == len(wanted) and _size(s) == _size(wanted)}
+    if guided is None:
+        guided = hint if hint in fitting else _middle(fitting or ours, "student", list(ours))
+    return guided, hint
+
+
+def _middle(shapes: dict[str, Any], whose: str, order: list[str] | None = None) -> str:
+    """Of the given layers, the one nearest the middle of the order in which all are called."""
+    if not shapes:
+        raise BadOption(f"the {whose} has no layer between input and output to take: pass a deeper network")
+    order = order or list(shapes)
+    return min(shapes, key=lambda path: abs(order.index(path) - (len(order) - 1) / 2))
+
+
+def _size(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What the regressor cannot change: the sides of a map, the number of tokens."""
+    return shape[2:] if len(shape) == 4 else shape[1:-1]
+
+
+def features(model: nn.Module, task: Task, batch: Batch) -> dict[str, tuple[int, ...]]:
+    """Shape of the output of every layer, in the order in which they end; of maps alone if there are any.
+
+    The layer that puts out what the network puts out is not among them.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def tap(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.is_floating_point() and output.dim() > 1:
+                shapes[path], outputs[path] = (*output.shape,), output
+
+        return hook
+
+    handles = [m.register_forward_hook(tap(path)) for path, m in model.named_modules() if path]
+    try:
+        with eval_mode(model):
+            whole, _ = run(model, task, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    inner = {path: shape for path, shape in shapes.items() if outputs[path] is not whole}
+    maps = [path for path, shape in inner.items() if len(shape) == 4 and max(shape[2:]) > 1]
+    return {path: inner[path] for path in maps or inner}
