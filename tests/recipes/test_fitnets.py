@@ -46,8 +46,8 @@ def test_identity_regressor_on_a_copied_network_has_no_loss():
     with torch.no_grad():
         match.regressor.weight.copy_(torch.eye(8).view(8, 8, 1, 1))
         match.regressor.bias.zero_()
-    assert float(match({"a": x}, {"b": x}, None, 0.0)) == 0
-    assert float(match({"a": x}, {"b": x + 1}, None, 0.0)) == pytest.approx(0.5)
+        assert float(match({"a": x}, {"b": x}, None, 0.0)) == 0
+        assert float(match({"a": x}, {"b": x + 1}, None, 0.0)) == pytest.approx(0.5)
 
 
 def test_regressor_fits_shapes():
