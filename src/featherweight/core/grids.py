@@ -1,0 +1,124 @@
+"""Uniform grids as forms: one for weights (symmetric, per output channel), one for activations (fixed range)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from featherweight.core.forms import Affine, Codes, Form, along
+
+
+@final
+class SymmetricGrid(Form):
+    """`weight = round(w / s) * s` with `s = clip * max|w| / (2^(bits-1) - 1)`, zero always on the grid.
+
+    The maximum is taken over the survivors of a mask, and anew at every call, so that the grid follows the weight while
+    it is trained; `clip` (all ones, or shape (out,)) narrows the range. The gradient passes straight through, and is
+    zero for weights that `clip` cuts off. A channel of zeros has the scale one.
+    """
+
+    settings = ("bits", "axis")
+    clip: Tensor
+
+    def __init__(self, bits: int, axis: int | None = 0, clip: Tensor | None = None) -> None:
+        super().__init__()
+        self.bits, self.axis = bits, axis
+        self.register_buffer("clip", torch.ones(()) if clip is None else clip.detach().clone())
+
+    @property
+    def top(self) -> int:
+        """The largest symbol; its negative is the smallest. One bit leaves only -1, 0 and 1."""
+        return max(1, 2 ** (self.bits - 1) - 1)
+
+    def scale(self, weight: Tensor, keep: Tensor | None = None) -> Tensor:
+        """The grid's step, one in all or of shape (out,)."""
+        size = weight.detach().abs()
+        if keep is not None:
+            size = torch.where(keep, size, torch.zeros((), dtype=size.dtype, device=size.device))
+        if self.axis is None:
+            widest = size.max()
+        else:
+            widest = size.movedim(self.axis, 0).flatten(1).amax(1) if size.dim() > 1 else size
+        step = widest * self.clip / self.top
+        return torch.where(step > 0, step, torch.ones_like(step))
+
+    def symbols(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """The integers, still as floats."""
+        return (weight / along(scale, self.axis, weight.dim())).round().clamp(-self.top, self.top)
+
+    def forward(self, *free: Tensor, keep: Tensor | None = None) -> Tensor:
+        (weight,) = free
+        scale = self.scale(weight, keep)
+        spread = along(scale, self.axis, weight.dim())
+        snapped = self.symbols(weight.detach(), scale) * spread
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return snapped
+        edge = spread * (self.top + 0.5)
+        inside = torch.minimum(torch.maximum(weight, -edge), edge)
+        # (inside - inside) is exactly zero, so the value is exactly the snapped one and the gradient that of `inside`
+        return snapped + (inside - inside.detach())
+
+    def codes(self, *free: Tensor, keep: Tensor | None = None) -> Codes | None:
+        (weight,) = free
+        weight = weight.detach()
+        scale = self.scale(weight, keep)
+        symbols = self.symbols(weight, scale).to(torch.int8 if self.bits <= 8 else torch.int32)
+        rule = Affine(scale.cpu(), torch.zeros((), dtype=torch.int32), self.axis if scale.dim() else None)
+        return Codes(symbols.cpu(), rule, tuple(weight.shape))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """`value = (symbol - zero_point) * scale`, symbols from `low` to `high`: what a file needs to know of a grid."""
+
+    scale: float
+    zero_point: int
+    low: int
+    high: int
+
+
+@final
+class ActivationGrid(Form):
+    """`x = (clamp(round(x / scale) + zero_point, low, high) - zero_point) * scale`, one fixed grid for a whole tensor.
+
+    The gradient passes straight through inside the range and is zero outside of it.
+    """
+
+    settings = ("low", "high")
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, scale: float, zero_point: int, low: int = 0, high: int = 255) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
+        self.register_buffer("zero_point", torch.tensor(zero_point, dtype=torch.int32))
+
+    def forward(self, *free: Tensor, keep: Tensor | None = None) -> Tensor:
+        (value,) = free
+        if not value.is_floating_point():
+            return value
+        return torch.fake_quantize_per_tensor_affine(
+            value.float(), self.scale, self.zero_point, self.low, self.high
+        ).to(value.dtype)
+
+    def steps(self) -> Steps:
+        """The grid as plain numbers."""
+        return Steps(float(self.scale), int(self.zero_point), self.low, self.high)
+
+
+def covering(low: float, high: float, bits: int = 8) -> ActivationGrid:
+    """The unsigned grid of `bits` that covers a range; zero is on it exactly, so zero padding is exact too.
+
+    >>> covering(0.0, 2.55).steps()
+    Steps(scale=0.009999999776482582, zero_point=0, low=0, high=255)
+    """
+    top = 2**bits - 1
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = (high - low) / top
+    if not scale > torch.finfo(torch.float32).tiny:  # an activation that is always zero
+        return ActivationGrid(1.0, 0, 0, top)
+    return ActivationGrid(scale, min(top, max(0, round(-low / scale))), 0, top)

@@ -1,0 +1,150 @@
+"""Declared grids as two operators of our own, which torch.export keeps whole and which become one ONNX node each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from featherweight.core.forms import ACTIVATIONS, Affine, Codes, activation_form, along, codes_of
+from featherweight.core.grids import ActivationGrid, Steps
+
+STORED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Embedding)
+
+
+@dataclass
+class Lowered:
+    """A model whose grids are operators, how many there are, and what has to be said about the rest."""
+
+    model: nn.Module
+    weights: int = 0
+    grids: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def lower(model: nn.Module) -> Lowered:
+    """Puts operators in place of the grids of a baked model, in place."""
+    lowered = Lowered(model)
+    for path, module in model.named_modules():
+        _lower_weight(lowered, path, module)
+        for at in ACTIVATIONS:
+            form = activation_form(module, at)
+            if at == "grad" and form is not None:
+                module._modules[f"fw_{at}"] = nn.Identity()
+            elif isinstance(form, ActivationGrid):
+                module._modules[f"fw_{at}"] = OnGrid(form.steps())
+                lowered.grids += 1
+            elif form is not None:
+                lowered.notes.append(f"{path}: the {type(form).__name__} on its {at} is exported as float operators")
+    return lowered
+
+
+def _lower_weight(lowered: Lowered, path: str, module: nn.Module) -> None:
+    codes = codes_of(module) if isinstance(module, STORED) else None
+    if codes is None:
+        return
+    found = int8(codes)
+    if found is None:
+        kind = type(codes.rule).__name__.lower()
+        lowered.notes.append(f"{path}: weights stay float, exact (their {kind} codes are no int8 grid)")
+        return
+    parametrize.register_parametrization(module, "weight", Stored(*found), unsafe=True)
+    lowered.weights += 1
+
+
+def int8(codes: Codes) -> tuple[Tensor, Tensor, int] | None:
+    """Codes as (int8 symbols around zero, scale, axis), equal to the weight bit for bit; None where int8 cannot.
+
+    A zero point between two integers (DoReFa's levels) is absorbed by half the scale and odd symbols.
+    """
+    rule = codes.rule
+    if not isinstance(rule, Affine):
+        return None
+    centred = codes.symbols.view(codes.shape) - along(rule.zero_point, rule.axis, len(codes.shape)).double()
+    half = 1 if bool((centred == centred.round()).all()) else 2
+    symbols, scale = centred * half, rule.scale / half
+    if not bool(((symbols == symbols.round()) & (symbols.abs() <= 127)).all()):
+        return None
+    found = symbols.to(torch.int8), scale.contiguous(), rule.axis or 0
+    return found if torch.equal(dequantize(*found), codes.decode()) else None
+
+
+class Stored(nn.Module):
+    """A weight that is computed from int8 symbols."""
+
+    def __init__(self, symbols: Tensor, scale: Tensor, axis: int) -> None:
+        super().__init__()
+        self.register_buffer("symbols", symbols)
+        self.register_buffer("scale", scale)
+        self.axis = axis
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return dequantize(self.symbols, self.scale, self.axis)
+
+
+class OnGrid(nn.Module):
+    """An activation that is rounded to a grid of constants."""
+
+    def __init__(self, steps: Steps) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def forward(self, value: Tensor) -> Tensor:
+        s = self.steps
+        return on_grid(value, s.scale, s.zero_point, s.low, s.high)
+
+
+@torch.library.custom_op("featherweight::dequantize", mutates_args=())
+def dequantize(symbols: Tensor, scale: Tensor, axis: int) -> Tensor:
+    """`symbols * scale`, one scale in all or one per index of `axis`."""
+    return symbols.to(scale.dtype) * along(scale, axis, symbols.dim())
+
+
+@dequantize.register_fake
+def _(symbols: Tensor, scale: Tensor, axis: int) -> Tensor:
+    return symbols.new_empty(symbols.shape, dtype=scale.dtype)
+
+
+@torch.library.custom_op("featherweight::on_grid", mutates_args=())
+def on_grid(value: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
+    """`value` rounded to a grid."""
+    return torch.fake_quantize_per_tensor_affine(value, scale, zero_point, low, high)
+
+
+@on_grid.register_fake
+def _(value: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
+    return torch.empty_like(value)
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The ONNX nodes of the two operators, as torch.onnx takes them."""
+    import numpy
+    from onnx import numpy_helper
+    from onnxscript import opset18 as op
+
+    def constant(value: Any, dtype: Any) -> Any:
+        return op.Constant(value=numpy_helper.from_array(numpy.asarray(value, dtype=dtype)))
+
+    def store(symbols: Any, scale: Any, axis: int) -> Any:
+        return op.DequantizeLinear(symbols, scale, axis=axis)
+
+    def grid(value: Any, scale: float, zero_point: int, low: int, high: int) -> Any:
+        dtype = numpy.int8 if low < 0 else numpy.uint8
+        limits = numpy.iinfo(dtype)
+        step = constant(scale, numpy.float32)
+        if (low, high) != (limits.min, limits.max):
+            edges = ((low - zero_point) * scale, (high - zero_point) * scale)
+            value = op.Clip(value, constant(edges[0], numpy.float32), constant(edges[1], numpy.float32))
+        if low < limits.min or high > limits.max:  # too many levels for eight bits: the same arithmetic in float
+            return op.Mul(op.Round(op.Div(value, step)), step)
+        zero = constant(zero_point, dtype)
+        return op.DequantizeLinear(op.QuantizeLinear(value, step, zero), step, zero)
+
+    return {
+        torch.ops.featherweight.dequantize.default: store,
+        torch.ops.featherweight.on_grid.default: grid,
+    }

@@ -1,0 +1,367 @@
+"""ONNX: float weights as they are, declared int8 grids as quantize/dequantize pairs, and a gate that compares."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from onnx import ModelProto
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from featherweight.core.forms import bake
+from featherweight.core.task import as_call, eval_mode, to_device
+from featherweight.errors import BadOption, ExportError, FormatError, TraceError
+from featherweight.export.graph import (
+    constants_to_initializers,
+    integer_biases,
+    name_batch,
+    tidy,
+    transposed_weights,
+    without_idle_relus,
+)
+from featherweight.export.lower import lower, translations
+from featherweight.export.runtime_session import Session, first_line
+
+OPSET = 20
+FLOAT_TOLERANCE = 1e-4  # of the largest output; float kernels sum in another order
+GRID_TOLERANCE = 0.1  # of the largest output; a value next to a rounding edge may land one step away in every layer
+RUNTIME_TOLERANCE = 0.05  # ONNX Runtime multiplies int8 matrices with inputs that it rounds to int8 by itself
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written and how far it is from the module.
+
+    Attributes:
+        kind: "float", "weights" (int8 weights, float arithmetic) or "qdq" (int8 weights and activations).
+        int8_weights: how many layers store their weights as int8.
+        moved: the largest change of a weight or bias by the export, relative to the largest of its tensor; weights
+            never move, biases that become int32 by half a step at most.
+        difference: the largest difference to the module on the example inputs, relative to its largest output; None
+            when unchecked. `optimized` is the same with the runtime's own rewriting of the graph switched on.
+        notes: what a reader should know: weights on grids that int8 cannot hold, and the like.
+    """
+
+    path: str
+    bytes: int
+    opset: int
+    inputs: list[str]
+    outputs: list[str]
+    dynamic_batch: bool
+    kind: str
+    int8_weights: int
+    moved: float
+    difference: float | None
+    optimized: float | None
+    notes: list[str]
+
+    def facts(self) -> dict[str, Any]:
+        """The report as JSON-able data."""
+        return asdict(self)
+
+
+def onnx(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    example_inputs: Any,
+    opset: int = OPSET,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    check: bool = True,
+) -> ExportReport:
+    """Writes a model as ONNX, whole or not at all; the same model gives the same bytes. The model is not changed.
+
+    The first dimension of the inputs is dynamic. Weights with declared int8 codes become int8 initializers, grids on
+    activations become QuantizeLinear and DequantizeLinear, biases between the two int32; everything else is float and
+    exact.
+
+    Args:
+        example_inputs: a tensor, tuple or dictionary of inputs, as the model takes them.
+        opset: the version of the ONNX operator set.
+        input_names: "input" for a single tensor, else the names of the arguments.
+        output_names: "output" for a single tensor, else the names of the fields, or output_0, output_1, ...
+        check: compare the file with the module in ONNX Runtime, at two batch sizes, and refuse a file that disagrees or
+            gives the same output for different inputs.
+
+    Raises:
+        TraceError: the model cannot be traced, or uses an operator that ONNX does not have.
+        ExportError: the file disagrees with the module.
+    """
+    call = _two_samples(to_device(as_call(example_inputs), torch.device("cpu")))
+    copy = bake(deepcopy(model)).cpu().eval()
+    with eval_mode(copy):
+        expected = copy(*call[0], **call[1])
+    names = _input_names(copy, call, input_names), _output_names(expected, output_names)
+    lowered = lower(deepcopy(copy))
+    proto, dynamic = _traced(lowered.model, call, names, opset)
+    constants_to_initializers(proto)
+    without_idle_relus(proto)
+    transposed_weights(proto)
+    moved = integer_biases(proto)
+    name_batch(proto, dynamic)
+    content = tidy(proto)
+    _check_format(content)
+    kind = "qdq" if lowered.grids else "weights" if lowered.weights else "float"
+    difference, optimized = _gate(copy, content, call, dynamic, kind) if check else (None, None)
+    _write(Path(path), content)
+    return ExportReport(
+        path=str(path),
+        bytes=len(content),
+        opset=opset,
+        inputs=names[0],
+        outputs=names[1],
+        dynamic_batch=dynamic,
+        kind=kind,
+        int8_weights=lowered.weights,
+        moved=moved,
+        difference=difference,
+        optimized=optimized,
+        notes=lowered.notes + ([] if dynamic else ["the batch size is fixed: the model does not trace with another"]),
+    )
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _batch(call: Call) -> int | None:
+    """The size of the first dimension of the first input that has one."""
+    return next((t.shape[0] for t in _tensors(call) if t.dim() > 0), None)
+
+
+def _map_batched(call: Call, change: Callable[[Tensor], Tensor]) -> Call:
+    """The call with every tensor changed whose first dimension is the batch."""
+    batch = _batch(call)
+    result: Call = pytree.tree_map(
+        lambda v: change(v) if isinstance(v, Tensor) and v.dim() > 0 and v.shape[0] == batch else v, call
+    )
+    return result
+
+
+def _two_samples(call: Call) -> Call:
+    """A batch of one is doubled: torch.export takes a one for a constant."""
+    return _map_batched(call, lambda t: torch.cat([t, t])) if _batch(call) == 1 else call
+
+
+def _input_names(model: nn.Module, call: Call, given: Sequence[str] | None) -> list[str]:
+    args, kwargs = call
+    count = len(_tensors(call))
+    if given is not None:
+        if len(given) != count:
+            raise BadOption(f"input_names has {len(given)} names: the model takes {count} tensors")
+        return list(given)
+    if not kwargs and count == 1:
+        return ["input"]
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    flat = [*zip(bound.arguments, args, strict=False), *kwargs.items()]
+    return [name for key, value in flat for name in _leaf_names(key, value)]
+
+
+def _output_names(output: Any, given: Sequence[str] | None) -> list[str]:
+    found = (
+        ["output"] if isinstance(output, Tensor) else _leaf_names("" if hasattr(output, "keys") else "output", output)
+    )
+    if given is None:
+        return found
+    if len(given) != len(found):
+        raise BadOption(f"output_names has {len(given)} names: the model returns {len(found)} tensors")
+    return list(given)
+
+
+def _leaf_names(prefix: str, value: Any) -> list[str]:
+    """Names of the tensors in a nested value: its keys and positions behind a prefix."""
+    leaves = pytree.tree_flatten_with_path(value)[0]
+    named = [(path, leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
+    keys = ["_".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path) for path, _ in named]
+    return ["_".join(part for part in (prefix, key) if part) for key in keys]
+
+
+def _traced(model: nn.Module, call: Call, names: tuple[list[str], list[str]], opset: int) -> tuple[ModelProto, bool]:
+    """The graph, and whether its batch is dynamic."""
+    try:
+        return _to_onnx(_program(model, call, dynamic=True), names, opset), True
+    except TraceError:  # a model may write its batch size into the graph; with a fixed one it still runs
+        return _to_onnx(_program(model, call, dynamic=False), names, opset), False
+
+
+def _program(model: nn.Module, call: Call, *, dynamic: bool) -> Any:
+    args, kwargs = call
+    batch = _batch(call)
+
+    def free(value: Any) -> Any:
+        varies = dynamic and isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
+        return {0: torch.export.Dim.DYNAMIC} if varies else None
+
+    shapes: Any = pytree.tree_map(free, args)
+    if kwargs:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        shapes = {**dict(zip(bound, shapes, strict=False)), **pytree.tree_map(free, kwargs)}
+    try:
+        with _quiet():
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # torch.export raises many kinds
+        raise TraceError(
+            f"{type(model).__name__} cannot be traced ({first_line(error)}): write the forward pass without that, "
+            "or keep the module itself (model.fw with load(into=...) needs no graph)"
+        ) from error
+
+
+def _to_onnx(program: Any, names: tuple[list[str], list[str]], opset: int) -> ModelProto:
+    try:
+        with _quiet():
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                input_names=names[0],
+                output_names=names[1],
+                opset_version=opset,
+                custom_translation_table=translations(),
+            )
+    except Exception as error:
+        raise ExportError(
+            f"the model cannot be written as ONNX ({_unsupported(error)}): keep the module itself "
+            "(model.fw with load(into=...) needs no graph)"
+        ) from error
+    if exported is None:
+        raise ExportError("the model cannot be written as ONNX: torch.onnx returned nothing")
+    proto: ModelProto = exported.model_proto
+    return proto
+
+
+def _unsupported(error: BaseException) -> str:
+    """The operator that ONNX lacks, from the chain of torch's errors."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and len(causes) < 8:
+        causes.append(cause)
+    named = next((first_line(c) for c in causes if str(c).startswith("No ONNX function found")), None)
+    return named or first_line(causes[-1])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps to itself what torch's exporter says about its own parts (deprecations, packages that are not there)."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _check_format(content: bytes) -> None:
+    from onnx import checker
+
+    try:
+        checker.check_model(content, full_check=True)
+    except Exception as error:  # the checker's errors share no base that says so
+        raise ExportError(f"the exported graph is not valid ONNX: {first_line(error)}") from error
+
+
+# The largest difference that passes, by kind of file: as written, and as the runtime rewrites it.
+TOLERANCES = {
+    "float": (FLOAT_TOLERANCE, FLOAT_TOLERANCE),
+    "weights": (FLOAT_TOLERANCE, RUNTIME_TOLERANCE),
+    "qdq": (GRID_TOLERANCE, GRID_TOLERANCE),
+}
+
+
+def _gate(model: nn.Module, content: bytes, call: Call, dynamic: bool, kind: str) -> tuple[float, float]:
+    """The largest relative difference to the module, as written and as the runtime rewrites it.
+
+    Raises:
+        ExportError: it is too large, or the output does not depend on the input.
+    """
+    try:
+        exact, fast = Session(content, optimize=False), Session(content)
+    except FormatError as error:
+        raise ExportError(str(error)) from error
+    calls = [call, _altered(call, grow=dynamic)]
+    wanted, found, rewritten = ([run(c) for c in calls] for run in (_runner(model), _by_leaf(exact), _by_leaf(fast)))
+    if _same(found[0], found[1]) and not _same(_tensors(calls[0]), _tensors(calls[1])):
+        raise ExportError("the model gives the same output for different inputs: it has collapsed, nothing was written")
+    differences = tuple(max(map(_difference, got, wanted)) for got in (found, rewritten))
+    for difference, allowed in zip(differences, TOLERANCES[kind], strict=True):
+        if not difference <= allowed:
+            raise ExportError(
+                f"the exported model differs from the module by {difference:.2g} of its largest output (at most "
+                f"{allowed:g} is expected): pass check=False to write it anyway"
+            )
+    return differences[0], differences[1]
+
+
+def _runner(model: nn.Module) -> Callable[[Call], list[Tensor]]:
+    def run(call: Call) -> list[Tensor]:
+        with eval_mode(model):
+            return _tensors(model(*call[0], **call[1]))
+
+    return run
+
+
+def _by_leaf(session: Session) -> Callable[[Call], list[Tensor]]:
+    return lambda call: _tensors(session(*_tensors(call)))
+
+
+def _altered(call: Call, *, grow: bool) -> Call:
+    """Other inputs of the same kind: noise on numbers, the same integers in another order; one sample more."""
+    generator = torch.Generator().manual_seed(0)
+
+    def change(value: Tensor) -> Tensor:
+        more = torch.cat([value, value[:1]]) if grow else value
+        if more.is_floating_point():
+            spread = float(more.std()) if more.numel() > 1 else 0.0
+            return more + torch.randn(more.shape, generator=generator) * (spread or 1.0)
+        return more.flatten()[torch.randperm(more.numel(), generator=generator)].view(more.shape)
+
+    return _map_batched(call, change)
+
+
+def _same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x[:1], y[:1]) for x, y in zip(a, b, strict=True))
+
+
+def _difference(got: list[Tensor], wanted: list[Tensor]) -> float:
+    """The largest difference of any output, relative to the largest value of that output; infinite if not finite."""
+    gaps = [0.0]
+    for g, w in zip(got, wanted, strict=True):
+        gap = (g.double() - w.double()).abs().max() / w.double().abs().max().clamp(min=1e-12) if w.numel() else 0.0
+        gaps.append(float(gap) if g.shape == w.shape and bool(torch.isfinite(g.double()).all()) else float("inf"))
+    return max(gaps)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise ExportError(f"{path} cannot be written: {error.strerror or error}") from error
