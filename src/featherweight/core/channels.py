@@ -50,11 +50,13 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Counted:
-    """Numbers in the code of the module at `path`, each with the channels it counts (None: it never changes)."""
+class Attribute:
+    """An integer attribute (`at`: its place within a tuple) that counts entries of one vector of channels."""
 
     path: str
-    numbers: tuple[tuple[int, Tensor | None], ...]
+    key: str
+    at: int | None
+    ids: Tensor
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Channels:
     blocks: dict[str, Tensor]  # weight of a grouped convolution -> (groups, inputs of a group)
     equal: tuple[tuple[Tensor, ...], ...]  # families of vectors that must lose equally many entries each
     pinned: dict[str, str]  # layer path -> why some or all of its outputs stay
-    counted: tuple[Counted, ...] = ()
+    attributes: tuple[Attribute, ...] = ()  # of modules whose sizes are not read off their own weights
     rescales: tuple[tuple[tuple[str, ...], Tensor, Tensor], ...] = ()  # tensors, rows, channels of the head size
     norms: dict[str, tuple[Tensor, int]] = field(default_factory=dict)  # node -> channels, groups (0: a layer norm)
     program: ExportedProgram | None = field(default=None, repr=False)
@@ -287,10 +289,10 @@ def _numbered(flow: Flow, reasons: Mapping[int, str], program: ExportedProgram, 
     """Channels from labels: what is not pinned gets a number, in order of the layers."""
     axes = {key: flow.unions.find(labels) for key, labels in flow.axes.items()}
     for name, labels in flow.elements.items():
-        found = compact(flow.unions.find(labels))
-        varying = [d for d in range(found.dim()) if found.size(d) > 1]
+        settled = compact(flow.unions.find(labels))
+        varying = [d for d in range(settled.dim()) if settled.size(d) > 1]
         if len(varying) == 1:
-            axes[name, varying[0]] = found.flatten()
+            axes[name, varying[0]] = settled.flatten()
     roots = _once(torch.cat([torch.empty(0, dtype=torch.long), *axes.values()]))
     free = torch.tensor([r for r in roots.tolist() if r not in reasons], dtype=torch.long)
     table = torch.full((len(flow.unions.parent),), -1)
@@ -308,18 +310,20 @@ def _numbered(flow: Flow, reasons: Mapping[int, str], program: ExportedProgram, 
         if stays:
             pinned[path] = stays[0]
     norms = {node: (number(labels), 0) for node, labels in flow.norms.items()}
+    axes = {key: table[labels] for key, labels in axes.items()}
+    numbers: dict[str, list[tuple[int, Tensor | None]]] = defaultdict(list)
+    for found in flow.literals:
+        numbers[found.path] += [(n, number_or_none(labels)) for n, labels in found.numbers]
+    attributes, tied = _counting(flow.model, numbers, axes)
     return Channels(
         count=len(free),
         outputs={path: number(labels) for path, labels in flow.outputs.items()},
         inputs={path: number(labels) for path, labels in flow.inputs.items()},
-        axes={key: table[labels] for key, labels in axes.items()},
+        axes=axes,
         blocks={name: number(labels) for name, labels in flow.blocks.items()},
-        equal=tuple(tuple(number(part) for part in family) for family in flow.equal),
+        equal=(*(tuple(number(part) for part in family) for family in flow.equal), *tied),
         pinned=pinned,
-        counted=tuple(
-            Counted(found.path, tuple((n, number_or_none(labels)) for n, labels in found.numbers))
-            for found in flow.literals
-        ),
+        attributes=attributes,
         rescales=tuple((r.tensors, r.rows, number(r.labels)) for r in flow.rescales),
         norms=norms | {node: (number(labels), groups) for node, (labels, groups) in flow.spans.items()},
         program=program,
@@ -344,7 +348,7 @@ def _kinds(channels: Channels) -> list[Tensor]:
     """Channels by the set of places they appear in: what works for one of a kind works for all of it."""
     places: list[list[int]] = [[] for _ in range(channels.count)]
     vectors = [*channels.axes.values(), *(row for table in channels.blocks.values() for row in table)]
-    vectors += [ids for found in channels.counted for _, ids in found.numbers if ids is not None]
+    vectors += [a.ids for a in channels.attributes]
     vectors += [part for family in channels.equal for part in family]
     for place, ids in enumerate(vectors):
         for number in ids[ids >= 0].unique().tolist():
@@ -386,6 +390,12 @@ def _probe(model: nn.Module, channels: Channels) -> dict[int, str]:
             grow(part[len(part) // 2 :])
 
     grow(trials)
+    # Kinds that only work together (one size read off another tensor at run time) do not pass one without the other.
+    if len(accepted) > 1 and lab.difference(channels.legal(torch.cat(accepted[::2]).unique())) is not None:
+        for kind, together in trials:
+            reason = lab.difference(together) if int(kind[0]) not in refused else None
+            if reason is not None:
+                refuse(kind, reason)
     return refused
 
 
@@ -476,7 +486,7 @@ def masked_outputs(model: nn.Module, channels: Channels, doomed: Tensor) -> list
 
     Layer, RMS and group norms take their statistics over the channels that stay; attention keeps its scale.
     """
-    assert channels.program is not None  # noqa: S101 - only absent in channels made by hand
+    assert channels.program is not None  # only absent in channels made by hand
     gone = torch.zeros(channels.count + 1, dtype=torch.bool)
     gone[doomed.long()] = True
     weights = {name: t.detach() for name, t in weight_tensors(model).items()}
@@ -486,9 +496,9 @@ def masked_outputs(model: nn.Module, channels: Channels, doomed: Tensor) -> list
         shape = [1] * base.dim()
         shape[dim] = base.shape[dim]
         if mask.dim() == 2:  # (groups, inputs of a group): the rows of each group have their own columns
-            mask = mask.repeat_interleave(base.shape[0] // len(mask), 0)
             shape[0] = base.shape[0]
-        masked[id(weights[name])] = base.masked_fill(mask.reshape(shape).to(base.device), 0)
+        rows = mask.repeat_interleave(base.shape[0] // len(mask), 0) if mask.dim() == 2 else mask
+        masked[id(weights[name])] = base.masked_fill(rows.reshape(shape).to(base.device), 0)
     held = {name: masked.get(id(t), t) for name, t in weights.items()}
 
     def call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -618,7 +628,7 @@ def _remove(
         if optimizer is not None and isinstance(old, nn.Parameter) and isinstance(fresh, nn.Parameter):
             undo.append(_follow(optimizer, old, fresh, cuts.get(name, [])))
     for path, module in model.named_modules():
-        for key, value in _attributes(path, module, weights, channels, gone).items():
+        for key, value in _attributes(path, module, channels, gone).items():
             undo.append(_assign(module, key, value))
             if edits is not None:
                 edits.setdefault(path, {})[key] = value
@@ -681,17 +691,21 @@ def _follow(
 # --- attributes that must agree again --------------------------------------------------------------------------------
 
 
-def _attributes(
-    path: str, module: nn.Module, before: Mapping[str, Tensor], channels: Channels, gone: Tensor
-) -> dict[str, Any]:
+def _attributes(path: str, module: nn.Module, channels: Channels, gone: Tensor) -> dict[str, Any]:
     """The attributes of a module that differ after a removal, with their new values."""
-    found = _known(path, module, before)
+    found = _known(module)
     if found is None:
-        found = _guided(path, module, before, channels, gone)
+        found = {}
+        for a in channels.attributes:
+            if a.path == path:
+                held, kept = found.get(a.key, getattr(module, a.key)), int((~gone[a.ids]).sum())
+                found[a.key] = (
+                    kept if a.at is None else type(held)(kept if i == a.at else v for i, v in enumerate(held))
+                )
     return {key: value for key, value in found.items() if getattr(module, key) != value}
 
 
-def _known(path: str, module: nn.Module, before: Mapping[str, Tensor]) -> dict[str, Any] | None:
+def _known(module: nn.Module) -> dict[str, Any] | None:  # noqa: PLR0911 - one straight table
     """Attributes of torch's own layers, read off their weights; None for any other module."""
     weight = getattr(module, "weight", None)
     shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
@@ -726,39 +740,44 @@ def _known(path: str, module: nn.Module, before: Mapping[str, Tensor]) -> dict[s
     return None
 
 
-def _guided(
-    path: str, module: nn.Module, before: Mapping[str, Tensor], channels: Channels, gone: Tensor
-) -> dict[str, Any]:
-    """Integer attributes of any module that are numbers in its code, or sizes of its own weights, which change.
+def _counting(
+    model: nn.Module, numbers: Mapping[str, list[tuple[int, Tensor | None]]], axes: Mapping[tuple[str, int], Tensor]
+) -> tuple[tuple[Attribute, ...], list[tuple[Tensor, ...]]]:
+    """Attributes that count channels, and vectors that must lose equally many because one attribute counts them all.
 
-    Where several attributes have the value that several numbers have, they correspond in order; `_probe` finds out
-    whether that was right before anything relies on it.
+    An attribute counts what a number of the same value in its module's code counts, or a size of its own weights.
+    Where several attributes have the value of several numbers they correspond in order. That is a guess: `_probe`
+    finds out whether it holds before anything relies on it.
     """
-    seen: dict[int, list[int]] = defaultdict(list)
-    for found in channels.counted:
-        if found.path == path:
-            for number, ids in found.numbers:
-                # -1 marks a size that torch works out; a number that counts every entry changes with them
-                seen[number].append(number if ids is None or number != len(ids) else number - int(gone[ids].sum()))
-    for key, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-        name = f"{path}.{key}" if path else key
-        for dim, size in enumerate(before[name].shape):
-            ids = channels.axes.get((name, dim))
-            seen[size].append(size if ids is None else size - int(gone[ids].sum()))
-    slots = _slots(module)
-    changes: dict[str, Any] = {}
-    for value, news in seen.items():
-        own = [slot for slot, held in slots.items() if held == value]
-        if not own or all(new == value for new in news):
+    found: list[Attribute] = []
+    tied: list[tuple[Tensor, ...]] = []
+    for path, module in model.named_modules():
+        if _known(module) is not None:
             continue
-        for i, (key, at) in enumerate(own):
-            mine = set(news[i :: len(own)]) if len(set(news)) > 1 and len(news) % len(own) == 0 else set(news)
-            changed = mine - {value}
-            if len(changed) == 1 and (len(mine) == 1 or len(own) == 1):
-                new = changed.pop()
-                held = changes.get(key, getattr(module, key))
-                changes[key] = new if at is None else type(held)(new if j == at else v for j, v in enumerate(held))
-    return changes
+        counted = [(n, ids) for n, ids in numbers.get(path, []) if ids is None or len(ids) == n]  # not -1
+        for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            name = f"{path}.{key}" if path else key
+            counted += [(n, axes.get((name, d))) for d, n in enumerate(tensor.shape)]
+        slots = _slots(module)
+        for value in dict.fromkeys(slots.values()):
+            own = [slot for slot, held in slots.items() if held == value]
+            uses = [ids for n, ids in counted if n == value]
+            in_turn = len(uses) % len(own) == 0 and len(_distinct(uses)) > 1
+            for i, (key, at) in enumerate(own):
+                mine = _distinct(uses[i :: len(own)] if in_turn else uses)
+                if mine:
+                    found.append(Attribute(path, key, at, mine[0]))
+                    tied += [tuple(mine)] if len(mine) > 1 else []
+    return tuple(found), tied
+
+
+def _distinct(vectors: Iterable[Tensor | None]) -> list[Tensor]:
+    """Each vector once, without those that are None or can lose nothing."""
+    found: dict[tuple[int, ...], Tensor] = {}
+    for ids in vectors:
+        if ids is not None and (ids >= 0).any():
+            found.setdefault(tuple(ids.tolist()), ids)
+    return list(found.values())
 
 
 def _slots(module: nn.Module) -> dict[tuple[str, int | None], int]:

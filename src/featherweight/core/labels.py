@@ -87,7 +87,7 @@ class Literal:
 
 @dataclass(frozen=True)
 class Rescale:
-    """Rows of a layer that feeds queries: they absorb sqrt(kept / all), for attention divides by the root of its size."""
+    """Rows of a layer that feeds queries: they absorb sqrt(kept / all), as attention divides by its root."""
 
     tensors: tuple[str, ...]
     rows: Tensor
@@ -127,7 +127,7 @@ class Flow:
 
     def axis(self, val: Val, dim: int) -> Tensor:
         """Labels along a dimension of a weight, fresh ones the first time."""
-        assert val.name is not None  # noqa: S101 - held by the callers
+        assert val.name is not None  # held by the callers
         key = (val.name, val.dims[dim])
         if key not in self.axes:
             self.axes[key] = self.unions.fresh(val.value.shape[dim])
@@ -205,7 +205,7 @@ def compact(labels: Tensor) -> Tensor:
 
 def full(val: Val) -> Tensor:
     """A value's labels in its own shape."""
-    assert val.labels is not None  # noqa: S101 - held by the callers
+    assert val.labels is not None  # held by the callers
     return val.labels.expand(val.value.shape)
 
 
@@ -223,7 +223,7 @@ def align(labels: Tensor, dims: int) -> Tensor:
 
 def labels_of(labels: Tensor | None) -> Tensor:
     """Labels that are known to be there."""
-    assert labels is not None  # noqa: S101 - held by the callers
+    assert labels is not None  # held by the callers
     return labels
 
 
@@ -439,16 +439,15 @@ def moved_one(call: Call, x: Val, value: Tensor, labels: Tensor) -> Val:
     return Val(value, found, x.zero, data=x.data)
 
 
-@rule(
-    *(
-        "permute transpose t numpy_T matrix_H mT adjoint movedim swapaxes swapdims flatten squeeze unsqueeze flip chunk".split()
-    ),
-    *("expand expand_as unbind repeat repeat_interleave tile pixel_shuffle pixel_unshuffle channel_shuffle".split()),
-    *(
-        "split split_with_sizes tensor_split unsafe_split unsafe_chunk view_as reshape_as diagonal unfold select slice".split()
-    ),
-    *("narrow roll index index_select view reshape _unsafe_view unflatten rot90 hsplit vsplit broadcast_to".split()),
-)
+MOVES = """
+    permute transpose t numpy_T matrix_H mT adjoint movedim swapaxes swapdims flatten squeeze unsqueeze flip chunk
+    expand expand_as unbind repeat repeat_interleave tile pixel_shuffle pixel_unshuffle channel_shuffle
+    split split_with_sizes tensor_split unsafe_split unsafe_chunk view_as reshape_as diagonal unfold select slice
+    narrow roll index index_select view reshape _unsafe_view unflatten rot90 hsplit vsplit broadcast_to
+"""
+
+
+@rule(*MOVES.split())
 def move(call: Call) -> Any:
     """Executes the operator on the labels; says what its numbers count, and pins where they could not follow."""
     flow, x = call.flow, call.args[0]
@@ -888,7 +887,7 @@ def carried(call: Call, kept: list[tuple[Val, int, Val]], dims: int) -> Tensor |
     """Labels that pass through a product: of rows, columns, or a batch dimension that both factors share."""
     labels: Tensor | None = None
     for val, at, other in kept:
-        assert val.labels is not None  # noqa: S101 - has a carrier
+        assert val.labels is not None  # has a carrier
         own = val.labels.reshape([1] * (dims - val.labels.dim()) + list(val.labels.shape))
         shared = at < -2 and -at <= other.value.dim() and other.value.shape[at] > 1
         if shared and carrier(other.labels) != at:
@@ -942,7 +941,7 @@ def attention(call: Call) -> Any:
 
 def rescale(call: Call, q: Val) -> None:
     """Finds the rows of the layer that make the queries, through data movement only; pins where it cannot."""
-    assert q.labels is not None  # noqa: S101 - held by the caller
+    assert q.labels is not None  # held by the caller
     node, path = call.node.args[0], []
     while isinstance(node, fx.Node) and (node.target is operator.getitem or RULES.get(operator_name(node)) is move):
         path.append(node)
