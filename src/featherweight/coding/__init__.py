@@ -1,0 +1,16 @@
+"""The `.fw` container: declared codes first, values second; entropy coders; reading back without running code."""
+
+from featherweight.coding.container import SaveReport, inspect, load, save, unpack, unpack_codes
+from featherweight.coding.packing import pack_tensor
+from featherweight.coding.unpacking import unpack_tensor
+
+__all__ = [
+    "SaveReport",
+    "inspect",
+    "load",
+    "pack_tensor",
+    "save",
+    "unpack",
+    "unpack_codes",
+    "unpack_tensor",
+]

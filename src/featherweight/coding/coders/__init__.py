@@ -1,0 +1,1 @@
+"""Entropy coders and layouts of symbol streams, one file each."""

@@ -1,0 +1,398 @@
+"""The `.fw` file: a model in as few bytes as its codes allow, bit-exact, safe to open. Specified in docs/format.md."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.coding.bits import Reader, varint
+from featherweight.coding.files import write_whole
+from featherweight.coding.manifest import checked, pack_manifest, unpack_manifest
+from featherweight.coding.packing import store
+from featherweight.coding.records import Row
+from featherweight.coding.restoring import Slot, fill, slots
+from featherweight.coding.streams import allowed
+from featherweight.coding.unpacking import Packed, allowance, read_tensor
+from featherweight.core.blueprint import activation_forms, structure
+from featherweight.core.forms import Codes, bake, codes_of, form_names
+from featherweight.core.progress import track
+from featherweight.core.task import as_call
+from featherweight.errors import BadData, FeatherweightError, FormatError
+
+MAGIC = b"FW"
+VERSION = 1
+BARE = 0x80  # in the byte of the version: no names, no provenance, one checksum at the end
+TIE = 0x1F  # first byte of a record that repeats an earlier tensor of a bare file
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What a file takes on disk: `bytes` is its size, of which `weights_bytes` are tensors and the rest structure."""
+
+    path: Path
+    bytes: int
+    weights_bytes: int
+    structure_bytes: int
+    tensors: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A file as read: what it says of the model, and its records in order; a tie is the number of an earlier one."""
+
+    bare: bool
+    manifest: dict[str, Any]
+    manifest_bytes: int
+    records: list[Packed | int]
+
+    @property
+    def names(self) -> list[str]:
+        """A name for each record: that of the state dict, of a form's tensor, or its number in a bare file."""
+        if self.bare:
+            return [str(i) for i in range(len(self.records))]
+        known = [*self.manifest["names"], *form_tensor_names(self.manifest["activations"])]
+        return known[: len(self.records)] + [f"#{i}" for i in range(len(known), len(self.records))]
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    example_inputs: Any = None,
+    coder: str | None = None,
+    bare: bool = False,
+    provenance: dict[str, Any] | None = None,
+) -> SaveReport:
+    """Writes a model to a `.fw` file, whole or not at all. The model is not changed.
+
+    Args:
+        example_inputs: their shapes and types are written down (not in a bare file).
+        coder: "huffman", "range_coder" ("range"), "rans" ("ans"), "sparse_index" (fixed widths); None for the shortest.
+        bare: the smallest file that `load(into=)` can restore: no names, no provenance, one checksum.
+        provenance: JSON-able facts, such as the chain, the seed, the metric and `weights_sha256` of the source.
+
+    Raises:
+        UnknownName: there is no such coder.
+        BadData: a parameter is not finite, or of a type that the format has no number for.
+        BadOption: the file cannot be written there, or the provenance is not JSON.
+    """
+    coders, path = allowed(coder), Path(path)
+    plain = baked(model)
+    places = slots(plain)
+    told, held = described(plain)
+    if not bare:
+        told |= named(places)
+        told["tool"] = f"featherweight {version('featherweight')}"
+        told["provenance"], told["example_inputs"] = provenance, _shapes(example_inputs)
+    entries = [*_tensors(places, coders, bare), *_held(told, held, coders)]
+    manifest = pack_manifest({key: value for key, value in told.items() if value})
+    write_whole(path, assemble(manifest, [data for data, _ in entries], bare))
+    rows = tuple(row for _, row in entries if row is not None)
+    size, weights = path.stat().st_size, sum(row.bytes for row in rows)
+    return SaveReport(path, size, weights, size - weights, rows)
+
+
+Entry = tuple[bytes, Row | None]
+
+
+def _tensors(places: list[Slot], coders: tuple[int, ...], bare: bool) -> Iterator[Entry]:
+    """The records of a model's tensors with their accounts, each once; a bare file says where one repeats."""
+    seen: dict[int, int] = {}
+    for number, place in enumerate(track(places, "code", len(places))):
+        earlier = seen.setdefault(id(place.tensor), number)
+        if earlier == number:
+            _refuse_unfinished(place)
+            stored = store(place.tensor, codes_of(place.module, place.leaf), coders)
+            yield stored.data, replace(stored.row, name=place.name)
+        elif bare:
+            yield bytes([TIE]) + varint(earlier), None
+
+
+def _held(told: dict[str, Any], held: list[Tensor], coders: tuple[int, ...]) -> Iterator[Entry]:
+    """The records of the tensors of forms on activations."""
+    for name, tensor in zip(form_tensor_names(told.get("activations", {})), held, strict=True):
+        stored = store(tensor, None, coders)
+        yield stored.data, replace(stored.row, name=name)
+
+
+def named(places: list[Slot]) -> dict[str, Any]:
+    """The names of a model's tensors: each under its first name, the others as ties, and which are frozen."""
+    first: dict[int, str] = {}
+    for place in places:
+        first.setdefault(id(place.tensor), place.name)
+    ties = {place.name: first[id(place.tensor)] for place in places if first[id(place.tensor)] != place.name}
+    return {
+        "names": list(first.values()),
+        "ties": ties,
+        "frozen": [p.name for p in places if isinstance(p.tensor, nn.Parameter) and _frozen(p.tensor)],
+    }
+
+
+def baked(model: nn.Module) -> nn.Module:
+    """The model itself, or a baked copy if forms stand on its weights."""
+    if not any(form_names(module) for module in model.modules()):
+        return model
+    return bake(deepcopy(model))
+
+
+def described(model: nn.Module) -> tuple[dict[str, Any], list[Tensor]]:
+    """Swaps, edits and the forms on activations as JSON-able data, and the tensors of those forms."""
+    held: list[Tensor] = []
+    active: dict[str, dict[str, Any]] = {}
+    for path, forms in activation_forms(model).items():
+        for at, form in forms.items():
+            settings, tensors = form.state()
+            numbers = {key: len(held) + i for i, key in enumerate(tensors)}
+            held += tensors.values()
+            spec = {"type": type(form).__name__, "settings": settings, "tensors": numbers}
+            active.setdefault(path, {})[at] = spec
+    data = {**structure(model), "activations": active}
+    return {key: value for key, value in data.items() if value}, held
+
+
+def form_tensor_names(active: dict[str, Any]) -> list[str]:
+    """A name for each tensor of the forms on activations: `path/place/key`."""
+    found = {
+        index: f"{path}/{at}/{key}"
+        for path, forms in active.items()
+        for at, form in forms.items()
+        for key, index in form["tensors"].items()
+    }
+    return [found[index] for index in sorted(found)]
+
+
+def _frozen(parameter: Tensor) -> bool:
+    return parameter.is_floating_point() and not parameter.requires_grad
+
+
+def _refuse_unfinished(place: Slot) -> None:
+    tensor = place.tensor
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return
+    wide = tensor.detach().float() if tensor.element_size() == 1 else tensor.detach()
+    broken = not torch.isfinite(wide).all() if isinstance(tensor, nn.Parameter) else torch.isnan(wide).any()
+    if broken:
+        raise BadData(f"{place.name} has values that are NaN or infinite: train again, or restore a good checkpoint")
+
+
+def _shapes(inputs: Any) -> dict[str, Any]:
+    """Shapes and types of example inputs, JSON-able: {"args": [...], "kwargs": {...}}."""
+    if inputs is None:
+        return {}
+    args, kwargs = as_call(inputs)
+    return {"args": [_shape(a) for a in args], "kwargs": {str(k): _shape(v) for k, v in kwargs.items()}}
+
+
+def _shape(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, (tuple, list)):
+        return [_shape(v) for v in value]
+    return {"type": type(value).__name__}
+
+
+def assemble(manifest: bytes, records: list[bytes], bare: bool) -> bytes:
+    """The bytes of a file from its parts, with checksums."""
+    head = MAGIC + bytes([VERSION | (BARE if bare else 0)]) + varint(len(manifest)) + manifest
+    if bare:
+        return signed(head + b"".join(records))
+    return signed(head) + b"".join(signed(varint(len(record)) + record) for record in records)
+
+
+def signed(data: bytes) -> bytes:
+    """The data and their CRC-32, which protects against damage, not against malice."""
+    return data + zlib.crc32(data).to_bytes(4, "little")
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def load(path: str | Path, into: nn.Module | None = None, *, limit: int | None = None) -> nn.Module:
+    """Restores a file into a fresh instance of the user's class, in place, and returns it.
+
+    Layers that were swapped, channels that were removed, ties, codes and forms on activations come back too.
+
+    Args:
+        into: an instance of the class that was compressed, made with the same options.
+        limit: bytes of tensors that the file may describe; 16 MiB, 1024 times its size and twice the size of `into`
+            unless said.
+
+    Raises:
+        FormatError: the file is truncated, corrupt, newer or not a .fw file, or `into` was not given.
+        BadData: `into` is of another class or configuration than the model in the file.
+    """
+    if into is None:
+        raise FormatError(
+            f"{path} cannot be loaded without its class in this version: pass into=, a fresh model of that class"
+        )
+    own = sum(2 * place.tensor.numel() * max(place.tensor.element_size(), 4) for place in slots(into))
+    contents = read(path, limit, own)
+    with reading(path):
+        return fill(into, contents.manifest, contents.records, contents.bare)
+
+
+def unpack(path: str | Path, *, limit: int | None = None) -> dict[str, Tensor]:
+    """The tensors of a file by name (by number, "0", "1", ..., if it is bare), bit-exact; ties appear under each name.
+
+    Raises:
+        FormatError: the file is truncated, corrupt, newer or not a .fw file.
+    """
+    return {name: record.tensor for name, record in _records(read(path, limit)).items()}
+
+
+def unpack_codes(path: str | Path, *, limit: int | None = None) -> dict[str, Codes]:
+    """The declared codes of a file by name (by number if it is bare).
+
+    Raises:
+        FormatError: the file is truncated, corrupt, newer or not a .fw file.
+    """
+    return {n: record.codes for n, record in _records(read(path, limit)).items() if record.codes is not None}
+
+
+def _records(contents: Contents) -> dict[str, Packed]:
+    found: dict[str, Packed] = {}
+    by_number: list[Packed] = []
+    for name, record in zip(contents.names, contents.records, strict=True):
+        packed = by_number[record] if isinstance(record, int) else record
+        by_number.append(packed)
+        found[name] = packed
+    return found | {name: found[owner] for name, owner in contents.manifest["ties"].items()}
+
+
+def inspect(path: str | Path, *, limit: int | None = None) -> dict[str, Any]:
+    """What a file says and what it consists of, JSON-able: manifest, and per tensor its layout, coder, bytes and bound.
+
+    Raises:
+        FormatError: the file is truncated, corrupt, newer or not a .fw file.
+    """
+    contents = read(path, limit)
+    rows = [
+        asdict(replace(record.row, name=name))
+        for name, record in zip(contents.names, contents.records, strict=True)
+        if isinstance(record, Packed)
+    ]
+    size, weights = Path(path).stat().st_size, sum(row["bytes"] for row in rows)
+    return {
+        "format": VERSION,
+        "bare": contents.bare,
+        "bytes": size,
+        "weights_bytes": weights,
+        "structure_bytes": size - weights,
+        "manifest_bytes": contents.manifest_bytes,
+        "example_inputs": contents.manifest.get("example_inputs"),
+        "manifest": contents.manifest,
+        "tensors": [{**row, "shape": list(row["shape"])} for row in rows],
+    }
+
+
+def read(path: str | Path, limit: int | None = None, extra: int = 0) -> Contents:
+    """All of a file, checked.
+
+    Raises:
+        FormatError: the file is truncated, corrupt, newer or not a .fw file.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
+    with reading(path):
+        return parse(data, allowance(len(data)) + extra if limit is None else limit)
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Turns whatever a damaged or hostile file can cause into one sentence that names it."""
+    try:
+        yield
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from None
+    except FeatherweightError:
+        raise
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        RecursionError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ):
+        raise FormatError(f"{path}: the file is corrupt: what it describes fits no model") from None
+
+
+def parse(data: bytes, limit: int) -> Contents:
+    """The parts of a file.
+
+    Raises:
+        FormatError: the bytes are none that a writer makes.
+    """
+    if data[:2] != MAGIC:
+        raise FormatError("this is not a .fw file: pass one that fw.save wrote")
+    if len(data) < 8:
+        raise FormatError("the file is truncated")
+    found = data[2] & ~BARE
+    if found != VERSION:
+        raise FormatError(f"the file is of version {found}, this program reads version {VERSION}: update featherweight")
+    bare = bool(data[2] & BARE)
+    reader = Reader(_checked(data) if bare else data, limit)
+    reader.take(3)
+    packed = reader.take(reader.varint())
+    if not bare:
+        _check(reader, 0)
+    manifest = checked(unpack_manifest(packed))
+    records = _bare_records(reader) if bare else _blocks(reader)
+    return Contents(bare, manifest, len(packed), records)
+
+
+def _checked(data: bytes) -> bytes:
+    if zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
+        raise FormatError("the file is truncated or corrupt: its checksum does not match")
+    return data[:-4]
+
+
+def _check(reader: Reader, start: int) -> None:
+    """Checks the sum that follows what was read since `start`."""
+    body = reader.data[start : reader.position]
+    if int.from_bytes(reader.take(4), "little") != zlib.crc32(body):
+        raise FormatError("the file is truncated or corrupt: a checksum does not match")
+
+
+def _blocks(reader: Reader) -> list[Packed | int]:
+    records: list[Packed | int] = []
+    while reader.left:
+        start = reader.position
+        body = reader.take(reader.varint())
+        _check(reader, start)
+        inner = Reader(body, reader.allowance)
+        records.append(read_tensor(inner))
+        if inner.left:
+            raise FormatError(f"the file is corrupt: {inner.left} bytes follow a tensor inside its block")
+        reader.allowance = inner.allowance
+    return records
+
+
+def _bare_records(reader: Reader) -> list[Packed | int]:
+    records: list[Packed | int] = []
+    while reader.left:
+        if reader.data[reader.position] == TIE:
+            reader.byte()
+            number = reader.varint()
+            if number >= len(records) or isinstance(records[number], int):
+                raise FormatError(f"the file is corrupt: a tensor repeats number {number}, which is none before it")
+            records.append(number)
+        else:
+            records.append(read_tensor(reader))
+    return records

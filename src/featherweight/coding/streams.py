@@ -1,0 +1,190 @@
+"""One stream of symbols: how its positions are laid out and which entropy coder writes it, chosen by cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from featherweight.coding.bits import Ints, Reader, pack_fixed, unpack_fixed, varint
+from featherweight.coding.coders.huffman import huffman, huffman_decode, huffman_size
+from featherweight.coding.coders.range_coder import entropy_coder_size, range_coder, range_decode
+from featherweight.coding.coders.rans import rans, rans_decode
+from featherweight.coding.coders.sparse_index import from_gaps, run_lengths, sparse_index
+from featherweight.errors import FormatError, unknown
+
+WIDEST = 1 << 16  # symbols that a table of code lengths or frequencies may have
+LARGEST = 1 << 32  # symbols that a stream of fixed width may have
+GAP_BITS = tuple(range(1, 13))
+DENSE, GAPS, MASK = 0, 1, 2  # layouts, the low two bits of a stream's first byte
+LAYOUTS = ("dense", "gaps", "bitmask")
+
+
+@dataclass(frozen=True)
+class Coder:
+    """An entropy coder as the streams use it; `size` estimates bytes from the counts of symbols."""
+
+    name: str
+    encode: Callable[[Ints, int], bytes]
+    decode: Callable[[Reader, int, int], Ints]
+    size: Callable[[Ints], float]
+
+
+def width_of(size: int) -> int:
+    """Bits of a fixed-width symbol below `size`."""
+    return max(size - 1, 0).bit_length()
+
+
+def _fixed_encode(symbols: Ints, size: int) -> bytes:
+    return pack_fixed(symbols, width_of(size))
+
+
+def _fixed_decode(reader: Reader, count: int, size: int) -> Ints:
+    width = width_of(size)
+    symbols = unpack_fixed(reader.take(-(-count * width // 8)), count, width)
+    if width and count and int(symbols.max()) >= size:
+        raise FormatError("the file is corrupt: a symbol lies outside its alphabet")
+    return symbols
+
+
+def _fixed_size(counts: Ints) -> float:
+    return int(counts.sum()) * width_of(len(counts)) / 8
+
+
+# The position in this table is the number in the file.
+CODERS = (
+    Coder("fixed", _fixed_encode, _fixed_decode, _fixed_size),
+    Coder("huffman", huffman, huffman_decode, huffman_size),
+    Coder("range_coder", range_coder, range_decode, entropy_coder_size),
+    Coder("rans", rans, rans_decode, entropy_coder_size),
+)
+FIXED = 0
+ALLOWED = {
+    None: (0, 1, 2, 3),
+    "fixed": (0,),
+    "sparse_index": (0,),
+    "huffman": (0, 1),
+    "range_coder": (0, 2),
+    "range": (0, 2),
+    "rans": (0, 3),
+    "ans": (0, 3),
+}
+
+
+def allowed(coder: str | None) -> tuple[int, ...]:
+    """The coders that `coder=` lets the streams use; fixed width is always among them, for streams without skew.
+
+    Raises:
+        UnknownName: there is no such coder.
+    """
+    if coder not in ALLOWED:
+        raise unknown("coder", str(coder), [name for name in ALLOWED if name])
+    return ALLOWED[coder]
+
+
+def pack_symbols(symbols: Ints, size: int, coders: tuple[int, ...] = ALLOWED[None]) -> bytes:
+    """The shortest of all layouts and coders for symbols in 0..size-1, at the sizes that their counts foretell."""
+    if size <= 1 or not len(symbols):
+        return bytes([DENSE | FIXED << 2])
+    if size > WIDEST:
+        coders = (FIXED,)
+    counts = np.bincount(symbols, minlength=size) if size <= WIDEST else np.array([len(symbols)])
+    dense = min(_size(c, counts, size, len(symbols)) for c in coders)
+    background = int(counts.argmax())
+    if size > WIDEST or counts[background] * 4 < len(symbols):  # no layout but the dense one can win
+        return _dense(symbols, size, coders)
+    options: list[tuple[float, int, int]] = [(dense, DENSE, 0)]
+    gaps = run_lengths(symbols, background)
+    others = counts.copy()
+    others[background] = 0
+    values = _best(others, size, coders)
+    mask = np.array([len(symbols) - len(gaps), len(gaps)])
+    options.append((4 + _best(mask, 2, coders) + values, MASK, 0))
+    options += [(6 + _gap_size(gaps, others, background, b, coders), GAPS, b) for b in GAP_BITS]
+    _, layout, bits = min(options)
+    return {DENSE: _dense, MASK: _mask, GAPS: _gaps}[layout](symbols, size, coders, background, bits)
+
+
+def _size(coder: int, counts: Ints, size: int, total: int) -> float:
+    return 1 + (total * width_of(size) / 8 if coder == FIXED else CODERS[coder].size(counts))
+
+
+def _best(counts: Ints, size: int, coders: tuple[int, ...]) -> float:
+    total = int(counts.sum())
+    return min(_size(c, counts, size, total) for c in coders) if total else 1.0
+
+
+def _gap_size(gaps: Ints, others: Ints, background: int, bits: int, coders: tuple[int, ...]) -> float:
+    fillers = int((gaps >> bits).sum())
+    entries, steps = others.copy(), np.bincount(gaps & ((1 << bits) - 1), minlength=1 << bits)
+    entries[background] = fillers
+    steps[-1] += fillers
+    return _best(steps, len(steps), coders) + _best(entries, len(entries), coders)
+
+
+def _dense(symbols: Ints, size: int, coders: tuple[int, ...], background: int = 0, bits: int = 0) -> bytes:
+    """The two coders that are estimated to be shortest are both run."""
+    if size <= 1 or not len(symbols):
+        return bytes([DENSE | FIXED << 2])
+    if size > WIDEST:
+        return bytes([DENSE | FIXED << 2]) + _fixed_encode(symbols, size)
+    counts = np.bincount(symbols, minlength=size)
+    ranked = sorted(coders, key=lambda c: _size(c, counts, size, len(symbols)))
+    made = [
+        bytes([DENSE | c << 2]) + CODERS[c].encode(symbols, size) for c in ranked[: 2 if len(symbols) < 1 << 20 else 1]
+    ]
+    return min(made, key=len)
+
+
+def _mask(symbols: Ints, size: int, coders: tuple[int, ...], background: int = 0, bits: int = 0) -> bytes:
+    kept = symbols != background
+    head = bytes([MASK]) + varint(background)
+    return head + _dense(kept.astype(np.int64), 2, coders) + _dense(symbols[kept], size, coders)
+
+
+def _gaps(symbols: Ints, size: int, coders: tuple[int, ...], background: int = 0, bits: int = 0) -> bytes:
+    gaps, entries = sparse_index(symbols, background, bits)
+    head = bytes([GAPS | bits << 2]) + varint(background) + varint(len(gaps))
+    return head + _dense(gaps, 1 << bits, coders) + _dense(entries, size, coders)
+
+
+def described(stream: bytes, size: int) -> str:
+    """How a stream is laid out and coded, in words."""
+    if size <= 1:
+        return "constant"
+    return CODERS[stream[0] >> 2].name if stream[0] & 3 == DENSE else LAYOUTS[stream[0] & 3]
+
+
+def unpack_symbols(reader: Reader, count: int, size: int, depth: int = 0) -> tuple[Ints, str]:
+    """`count` symbols in 0..size-1, and how they were laid out and coded, in words.
+
+    Raises:
+        FormatError: the stream is none that a writer makes.
+    """
+    head = reader.byte()
+    layout, rest = head & 3, head >> 2
+    if layout == DENSE and rest < len(CODERS):
+        if size <= 1:
+            return np.zeros(count, dtype=np.int64), "constant"
+        if rest != FIXED and size > WIDEST:
+            raise FormatError(f"the file is corrupt: an alphabet of {size} symbols has a table")
+        symbols = CODERS[rest].decode(reader, count, size) if count else np.zeros(0, dtype=np.int64)
+        return symbols, CODERS[rest].name
+    if depth or layout not in (GAPS, MASK) or size <= 1:
+        raise FormatError(f"the file is corrupt: a stream has the unknown layout {head:#x}")
+    background = reader.varint()
+    if background >= size:
+        raise FormatError("the file is corrupt: the background of a sparse tensor lies outside its alphabet")
+    if layout == MASK:
+        kept, first = unpack_symbols(reader, count, 2, 1)
+        values, second = unpack_symbols(reader, int(kept.sum()), size, 1)
+        symbols = np.full(count, background, dtype=np.int64)
+        symbols[kept == 1] = values
+        return symbols, f"bitmask ({first}, {second})"
+    entries = reader.varint()
+    if entries > count:
+        raise FormatError("the file is corrupt: a relative index has more entries than its tensor")
+    gaps, first = unpack_symbols(reader, entries, 1 << rest, 1)
+    values, second = unpack_symbols(reader, entries, size, 1)
+    return from_gaps(gaps, values, background, count), f"gaps of {rest} bits ({first}, {second})"

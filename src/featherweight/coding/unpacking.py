@@ -1,0 +1,198 @@
+"""Reads one tensor back. Every declared size is checked against what is left, and against an allowance, before use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featherweight.coding.bits import Ints, Reader
+from featherweight.coding.records import (
+    AFFINE,
+    DECLARED,
+    DTYPES,
+    NARROWER,
+    PATTERNS,
+    PLANES,
+    PRODUCT,
+    RAW,
+    SIGNS,
+    SYMBOLS,
+    TABLE,
+    ZEROS,
+    Row,
+    account,
+    counted,
+    from_bytes,
+    grid_fits,
+)
+from featherweight.coding.streams import LARGEST, WIDEST, unpack_symbols
+from featherweight.core.forms import Affine, Codes, Product, Table
+from featherweight.errors import FormatError
+
+FREE = 16 << 20  # bytes that a file may describe, however short it is
+PER_BYTE = 1024  # bytes that each byte of a file may describe beyond that
+Head = tuple[tuple[int, ...], torch.dtype]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A tensor as read: its values, the codes that were declared behind it, and an account of its bytes."""
+
+    tensor: Tensor
+    codes: Codes | None
+    row: Row
+
+
+@dataclass(frozen=True)
+class Body:
+    """What follows the head of a record; `side` is the number of its bytes that are no symbols."""
+
+    tensor: Tensor
+    side: int
+    coder: str = "none"
+    streams: list[Ints] | None = None
+    size: int = 0
+    codes: Codes | None = None
+
+
+def unpack_tensor(data: bytes, *, limit: int | None = None) -> Tensor:
+    """The tensor whose bytes `pack_tensor` made.
+
+    Args:
+        limit: bytes that the result may take; 16 MiB and 1024 times the length of the data unless said.
+
+    Raises:
+        FormatError: the bytes are none that `pack_tensor` makes.
+    """
+    reader = Reader(data, allowance(len(data)) if limit is None else limit)
+    tensor = read_tensor(reader).tensor
+    if reader.left:
+        raise FormatError(f"the tensor is followed by {reader.left} bytes that do not belong to it")
+    return tensor
+
+
+def allowance(length: int) -> int:
+    """The bytes of tensors that a file of this length may describe."""
+    return FREE + PER_BYTE * length
+
+
+def read_tensor(reader: Reader, depth: int = 0) -> Packed:
+    """The next tensor of a reader, with its codes and an account of its bytes.
+
+    Raises:
+        FormatError: the bytes are none that a writer makes.
+    """
+    start = reader.position
+    head = _read_head(reader)
+    kind = reader.byte()
+    layout = kind & 7
+    if layout not in BODIES or (depth and layout in (AFFINE, PRODUCT)) or depth > 2:
+        raise FormatError(f"the file is corrupt or newer: a tensor has the unknown layout {layout}")
+    side = reader.position - start
+    body = BODIES[layout](reader, head, kind, depth)
+    row = account(head, layout, body.coder, reader.position - start, side + body.side)
+    if body.streams is not None:
+        row = counted(row, body.streams, body.size)
+    return Packed(body.tensor, body.codes if kind & DECLARED else None, row)
+
+
+def _read_head(reader: Reader) -> Head:
+    first = reader.byte()
+    number, dims = first & 31, first >> 5
+    dims = reader.varint() if dims == 7 else dims
+    if number >= len(DTYPES) or dims > 32:
+        raise FormatError(f"the file is corrupt or newer: a tensor has type {number} and {dims} dimensions")
+    shape = tuple(reader.varint() for _ in range(dims))
+    if any(size >= 1 << 40 for size in shape):
+        raise FormatError(f"the file is corrupt: a tensor has the shape {shape}")
+    reader.spend(prod(shape) * max(DTYPES[number].itemsize, 4))
+    return shape, DTYPES[number]
+
+
+def _read_raw(reader: Reader, head: Head, kind: int, depth: int) -> Body:
+    (shape, dtype), number = head, kind >> 4
+    if number == ZEROS:
+        return Body(torch.zeros(shape, dtype=dtype), 0)
+    if number > len(NARROWER):
+        raise FormatError(f"the file is corrupt or newer: a tensor is stored as the unknown type {number}")
+    stored = NARROWER[number - 1] if number else dtype
+    raw = np.frombuffer(reader.take(prod(shape) * stored.itemsize), dtype=np.uint8)
+    return Body(from_bytes(raw, stored, shape).to(dtype), 0)
+
+
+def _read_planes(reader: Reader, head: Head, kind: int, depth: int) -> Body:
+    shape, dtype = head
+    size = dtype.itemsize
+    if size not in PATTERNS:
+        raise FormatError(f"the file is corrupt: a tensor of type {dtype} is stored in planes of bytes")
+    planes = [unpack_symbols(reader, prod(shape), 256)[0] for _ in range(size)]
+    raw = np.stack(planes, 1).astype(np.uint8).reshape(-1)
+    if dtype.is_floating_point:
+        bits = raw.view(PATTERNS[size])
+        one, rest = bits.dtype.type(1), bits.dtype.type(8 * size - 1)
+        raw = (bits >> one | bits << rest).view(np.uint8)
+    return Body(from_bytes(raw, dtype, shape), 0, "per byte", planes, 256)
+
+
+def _read_table(reader: Reader, head: Head, kind: int, depth: int) -> Body:
+    shape, dtype = head
+    start = reader.position
+    values = read_tensor(reader, depth + 1).tensor
+    if values.dtype != dtype or values.dim() != 1 or not 0 < len(values) <= WIDEST:
+        raise FormatError("the file is corrupt: a table of values has another type or shape than its tensor")
+    side = reader.position - start
+    symbols, coder = unpack_symbols(reader, prod(shape), len(values))
+    codes = Codes(torch.from_numpy(symbols.astype(np.int32)).view(shape), Table(values), shape)
+    return Body(values[torch.from_numpy(symbols)].view(shape), side, coder, [symbols], len(values), codes)
+
+
+def _read_affine(reader: Reader, head: Head, kind: int, depth: int) -> Body:
+    (shape, _), start = head, reader.position
+    first = reader.byte()
+    axis = (first & 31) - 1 if first & 31 else None
+    low, size = reader.signed(), reader.varint()
+    scale, zero = read_tensor(reader, depth + 1).tensor, read_tensor(reader, depth + 1).tensor
+    if first >> 5 >= len(SYMBOLS) or not 0 < size <= LARGEST or not grid_fits(head, scale, zero, axis):
+        raise FormatError("the file is corrupt: the range, scale or zero point of an integer grid is impossible")
+    integers = SYMBOLS[first >> 5]
+    limits = torch.iinfo(integers)
+    if not limits.min <= low <= low + size - 1 <= limits.max:
+        raise FormatError(f"the file is corrupt: integers from {low} to {low + size - 1} are no {integers}")
+    side = reader.position - start
+    symbols, coder = unpack_symbols(reader, prod(shape), size)
+    codes = Codes(torch.from_numpy(symbols + low).to(integers).view(shape), Affine(scale, zero, axis), shape)
+    return _signed(reader, head, kind, Body(codes.decode(), side, coder, [symbols], size, codes))
+
+
+def _read_product(reader: Reader, head: Head, kind: int, depth: int) -> Body:
+    (shape, dtype), start = head, reader.position
+    books = read_tensor(reader, depth + 1).tensor
+    rows = shape[0] if shape else 0
+    fits = books.dim() == 3 and books.dtype == dtype and rows * books.shape[0] * books.shape[2] == prod(shape)
+    if not fits or not books.numel() or not rows or books.shape[1] > WIDEST:
+        raise FormatError("the file is corrupt: product codebooks do not fit their tensor")
+    side = reader.position - start
+    symbols, coder = unpack_symbols(reader, rows * books.shape[0], books.shape[1])
+    codes = Codes(torch.from_numpy(symbols.astype(np.int32)).view(rows, books.shape[0]), Product(books), shape)
+    return _signed(reader, head, kind, Body(codes.decode(), side, coder, [symbols], books.shape[1], codes))
+
+
+def _signed(reader: Reader, head: Head, kind: int, body: Body) -> Body:
+    """The body with the signs of its zeros corrected, if the record says that they must be."""
+    tensor = body.tensor.contiguous()
+    if (tuple(tensor.shape), tensor.dtype) != head:
+        raise FormatError("the file is corrupt: codes decode to another shape or type than their tensor")
+    if kind & SIGNS:
+        start, zeros = reader.position, tensor == 0
+        negative = unpack_symbols(reader, int(zeros.sum()), 2)[0]
+        signs = torch.from_numpy(1.0 - 2.0 * negative).to(tensor.dtype)
+        tensor[zeros] = torch.copysign(torch.zeros_like(signs), signs)
+        return Body(tensor, body.side + reader.position - start, body.coder, body.streams, body.size, body.codes)
+    return Body(tensor, body.side, body.coder, body.streams, body.size, body.codes)
+
+
+BODIES = {RAW: _read_raw, PLANES: _read_planes, TABLE: _read_table, AFFINE: _read_affine, PRODUCT: _read_product}
