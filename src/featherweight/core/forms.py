@@ -404,6 +404,8 @@ def bake(model: nn.Module) -> nn.Module:
                 module.register_parameter(name, tied.setdefault(id(held[0]), getattr(module, name)))
                 if (found := codes[name]) is not None:
                     declare_codes(module, name, found)
+                    if codes_of(module, name) is not None:  # zeros take the sign that the codes give them
+                        getattr(module, name).data.copy_(found.decode())
         for at in ACTIVATIONS:
             if f"fw_{at}" in module._modules:
                 module.get_submodule(f"fw_{at}").requires_grad_(False)
