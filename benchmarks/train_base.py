@@ -57,7 +57,7 @@ RECIPES = {
     ),
     **lenets("lenet300", epochs=40, lr=0.1),
     **lenets("lenet5", epochs=25, lr=0.05, channels_last=True),
-    "vgg_fashion_mnist": Recipe("vgg", "fashion_mnist", epochs=8, lr=0.1, augment="shift+flip", channels_last=True),
+    "vgg_fashion_mnist": Recipe("vgg", "fashion_mnist", epochs=6, lr=0.1, augment="shift+flip", channels_last=True),
 }
 
 
