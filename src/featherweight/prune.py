@@ -118,6 +118,7 @@ def _note_dead_units(site: Site) -> None:
     if keep.dim() < 2:
         return
     grid = keep.flatten(2).any(2) if keep.dim() > 2 else keep
+    grid = grid.T if isinstance(site.module, nn.ConvTranspose2d) else grid  # (in, out, ...)
     deaf, unread = int((~grid.any(1)).sum()), int((~grid.any(0)).sum())
     if deaf or unread:
         note(f"{site.path}: {deaf} of {grid.shape[0]} units have no inputs left, {unread} of {grid.shape[1]} inputs "

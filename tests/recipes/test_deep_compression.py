@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import featherweight as fw
 from conftest import small_cnn, small_mlp, small_task
 from featherweight.catalogue import entry
 from featherweight.core.fit import fit
@@ -57,6 +58,29 @@ def test_bits_of_both_kinds_of_layers_are_checked_before_anything_changes():
     with pytest.raises(UnknownName, match="fc9"):
         entry("deep_compression")(model, small_task(), where="fc9")
     assert not forms_of(model[1])
+
+
+def test_the_file_gives_every_bit_back_and_its_size_counts_everything(tmp_path):
+    model = bake(compressed(small_cnn(), sparsity=0.8, conv_bits=4, fc_bits=3))
+    model.eval()
+    saved = fw.save(model, tmp_path / "model.fw", bare=True, coder=entry("deep_compression").coder)
+    again = fw.load(tmp_path / "model.fw", into=small_cnn()).eval()
+    restored = again.state_dict()
+    assert model.state_dict().keys() == restored.keys()
+    assert all(torch.equal(value, restored[name]) for name, value in model.state_dict().items())
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(model(x), again(x))
+    assert saved.bytes == (tmp_path / "model.fw").stat().st_size
+    # Values and positions cost about their entropy; every entry of a table, bias and norm costs four bytes.
+    entropy = sum(m.weight.numel() * bits_per_symbol(m.weight) / 8 for m in layers(model).values())
+    tables = sum(4 * (m.weight.unique().numel() - 1) for m in layers(model).values())
+    others = 4 * sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    assert saved.bytes > tables + others + 0.8 * entropy
+
+
+def bits_per_symbol(values: torch.Tensor) -> float:
+    share = values.unique(return_counts=True)[1] / values.numel()
+    return float(-(share * share.log2()).sum())
 
 
 def test_its_file_is_coded_by_huffman():
