@@ -98,16 +98,19 @@ class Channels:
 
     def slices(self, channel: int) -> list[Slice]:
         """Every entry of every tensor that goes with this channel."""
-        found = []
+        return self._slices[channel]
+
+    @cached_property
+    def _slices(self) -> list[list[Slice]]:
+        found: list[list[Slice]] = [[] for _ in range(self.count)]
         for (path, dim), ids in self.axes.items():
-            if len(index := (ids == channel).nonzero().flatten()):
-                found.append(Slice(path, dim, tuple(index.tolist())))
+            for channel, index in _entries(ids).items():
+                found[channel].append(Slice(path, dim, index))
         for path, table in self.blocks.items():
-            for group, row in enumerate(table == channel):
-                if row.any():
-                    height = len(self.axes[path, 0]) // len(table)
-                    rows = (group * height, (group + 1) * height)
-                    found.append(Slice(path, 1, tuple(row.nonzero().flatten().tolist()), rows))
+            height = len(self.axes[path, 0]) // len(table)
+            for group, row in enumerate(table):
+                for channel, index in _entries(row).items():
+                    found[channel].append(Slice(path, 1, index, (group * height, (group + 1) * height)))
         return found
 
     def pool(self, scores: Mapping[str, Tensor], how: Literal["sum", "mean", "max"] = "sum") -> Tensor:
@@ -174,30 +177,27 @@ class Channels:
         numbers = self.chosen(doomed)
         rank = torch.full((self.count,), -1)
         rank[numbers] = torch.arange(len(numbers))
-        while (spared := self._spared(rank, multiple)) is not None:
-            rank[spared] = -1
+        while self._spare(rank, multiple):
+            pass
         return numbers[rank[numbers] >= 0]
 
-    def _spared(self, rank: Tensor, multiple: int) -> Tensor | None:
-        """Channels that must stay after all, given the order in which channels go (-1: stays)."""
+    def _spare(self, rank: Tensor, multiple: int) -> bool:
+        """Lets channels stay after all, given the order in which they go (-1: stays); whether any had to."""
+        before = rank.clone()
         vectors = [(name, ids) for (name, _), ids in self.axes.items()]
         vectors += [(name, row) for name, table in self.blocks.items() for row in table]
         for name, ids in vectors:
-            if (spared := _last(ids, rank, 1 - int(_staying(ids, rank).sum()))) is not None:
+            if not _staying(ids, rank).any():
                 skip(name.rpartition(".")[0], "one channel kept: no layer is emptied")
-                return spared
+                _return(ids, rank, 1)
         for family in self.equal:
-            lost = [len(ids) - int(_staying(ids, rank).sum()) for ids in family]
-            for ids, losses in zip(family, lost, strict=True):
-                if (spared := _last(ids, rank, losses - min(lost))) is not None:
-                    return spared
-        if multiple > 1:
-            for ids in self.outputs.values():
-                kept = int(_staying(ids, rank).sum())
-                wanted = min(-(-kept // multiple) * multiple, len(ids))
-                if (spared := _last(ids, rank, wanted - kept)) is not None:
-                    return spared
-        return None
+            least = min(int((~_staying(ids, rank)).sum()) for ids in family)
+            for ids in family:
+                _return(ids, rank, int((~_staying(ids, rank)).sum()) - least)
+        for ids in self.outputs.values() if multiple > 1 else ():
+            kept = int(_staying(ids, rank).sum())
+            _return(ids, rank, min(-(-kept // multiple) * multiple, len(ids)) - kept)
+        return not torch.equal(before, rank)
 
     def _outputs(self, path: str) -> Tensor:
         if path not in self.outputs:
@@ -213,24 +213,30 @@ class Channels:
         return chosen
 
 
+def _entries(ids: Tensor) -> dict[int, tuple[int, ...]]:
+    """Where each channel stands in a vector."""
+    found: dict[int, list[int]] = defaultdict(list)
+    for i, channel in enumerate(ids.tolist()):
+        found[channel].append(i)
+    return {channel: tuple(index) for channel, index in found.items() if channel >= 0}
+
+
 def _once(numbers: Tensor) -> Tensor:
     return torch.tensor(list(dict.fromkeys(numbers.tolist())), dtype=torch.long)
 
 
 def _staying(ids: Tensor, rank: Tensor) -> Tensor:
-    return (
-        torch.where(ids < 0, True, rank[ids.clamp_min(0)] < 0) if len(rank) else torch.ones_like(ids, dtype=torch.bool)
-    )
+    """Which entries stay."""
+    return torch.cat([rank, torch.tensor([-1])])[ids] < 0  # the last entry is for -1
 
 
-def _last(ids: Tensor, rank: Tensor, count: int) -> Tensor | None:
-    """The last channels of a vector in the order of removal, so many that at least `count` entries of it return."""
-    if count <= 0:
-        return None
-    going = ids[~_staying(ids, rank)]
-    order = _once(going[rank[going].argsort(descending=True)])
-    entries = torch.cumsum(torch.stack([(ids == c).sum() for c in order]), 0)
-    return order[: int((entries < count).sum()) + 1]
+def _return(ids: Tensor, rank: Tensor, count: int) -> None:
+    """Lets the last channels of a vector in the order of removal stay, so many that `count` of its entries return."""
+    while count > 0 and not (staying := _staying(ids, rank)).all():
+        going = ids[~staying]
+        last = going[rank[going].argmax()]
+        rank[last] = -1
+        count -= int((going == last).sum())
 
 
 # --- finding them ----------------------------------------------------------------------------------------------------
@@ -250,12 +256,7 @@ def channel_groups(model: nn.Module, example_inputs: Any) -> Channels:
     example_inputs = to_device(example_inputs, device_of(model))
     with eval_mode(model):
         flow = flow_labels(model, program, example_inputs)
-    reasons = _pins(flow)
-    channels = _numbered(flow, reasons, program, example_inputs)
-    refused = _probe(model, channels)
-    for number, reason in refused.items():
-        flow.pin(_labels_of(flow, channels, number), reason)
-    channels = _numbered(flow, _pins(flow), program, example_inputs) if refused else channels
+    channels = _probed(model, _numbered(flow, _pins(flow), program, example_inputs))
     for path, reason in channels.pinned.items():
         skip(path, f"outputs that cannot be removed: {reason}")
     return channels
@@ -331,14 +332,29 @@ def _numbered(flow: Flow, reasons: Mapping[int, str], program: ExportedProgram, 
     )
 
 
-def _labels_of(flow: Flow, channels: Channels, number: int) -> Tensor:
-    """Labels that a channel's number stands for."""
-    for key, ids in channels.axes.items():
-        if (ids == number).any():
-            if key in flow.axes:
-                return flow.axes[key][ids == number]
-            return compact(flow.unions.find(flow.elements[key[0]])).flatten()[ids == number]
-    return torch.empty(0, dtype=torch.long)
+def _without(channels: Channels, refused: Mapping[int, str]) -> Channels:
+    """The same with these channels pinned, for these reasons; the others are numbered anew."""
+    table = torch.full((channels.count + 1,), -1)  # the last entry is for -1
+    free = [n for n in range(channels.count) if n not in refused]
+    table[free] = torch.arange(len(free))
+    pinned = {
+        path: next(refused[n] for n in ids.tolist() if n in refused)
+        for path, ids in channels.outputs.items()
+        if any(n in refused for n in ids.tolist())
+    }
+    return replace(
+        channels,
+        count=len(free),
+        outputs={path: table[ids] for path, ids in channels.outputs.items()},
+        inputs={path: table[ids] for path, ids in channels.inputs.items()},
+        axes={key: table[ids] for key, ids in channels.axes.items()},
+        blocks={name: table[ids] for name, ids in channels.blocks.items()},
+        equal=tuple(tuple(table[ids] for ids in family) for family in channels.equal),
+        pinned={**pinned, **channels.pinned},
+        attributes=tuple(replace(a, ids=table[a.ids]) for a in channels.attributes),
+        rescales=tuple((names, rows, table[ids]) for names, rows, ids in channels.rescales),
+        norms={node: (table[ids], groups) for node, (ids, groups) in channels.norms.items()},
+    )
 
 
 # --- trying a removal ------------------------------------------------------------------------------------------------
@@ -359,57 +375,66 @@ def _kinds(channels: Channels) -> list[Tensor]:
     return [torch.tensor(numbers) for numbers in kinds.values()]
 
 
-def _probe(model: nn.Module, channels: Channels) -> dict[int, str]:
-    """Channels that cannot be removed after all, with the reason; tries one of every kind on a copy of the model."""
-    kinds = _kinds(channels)
-    refused: dict[int, str] = {}
+def _probed(model: nn.Module, channels: Channels) -> Channels:
+    """Removes channels of every kind from a copy of the model; pins kinds whose removal is not the same as masking.
 
-    def refuse(kind: Tensor, reason: str) -> None:
-        refused.update(dict.fromkeys(kind.tolist(), reason))
-
-    trials = []
-    for kind in kinds:
-        sample = kind[len(kind) // 3]
-        together = _completed(channels, sample)
-        if sample in together:
-            trials.append((kind, together))
-        else:
-            refuse(kind, "the only channel of a layer")
+    First all kinds at once, by halves where that fails; then sets of kinds such that every two are once apart, for
+    sizes that must agree although nothing couples their channels (one read off the other's tensor at run time): such
+    pairs must lose equally many.
+    """
     lab = _Lab(model, channels)
-    accepted: list[Tensor] = []
-
-    def grow(part: list[tuple[Tensor, Tensor]]) -> None:
-        wanted = torch.cat([*accepted, *(together for _, together in part)]).unique()
-        reason = lab.difference(channels.legal(wanted)) if part else None
-        if reason is None:
-            accepted.extend(together for _, together in part)
-        elif len(part) == 1:
-            refuse(part[0][0], reason)
+    refused: dict[int, str] = {}
+    trials: dict[int, tuple[Tensor, Tensor]] = {}
+    for i, kind in enumerate(_kinds(channels)):
+        together = _completed(channels, kind[len(kind) // 3])
+        if together is None:
+            refused |= dict.fromkeys(kind.tolist(), "the only channel of a layer, or tied to one that stays")
         else:
-            grow(part[: len(part) // 2])
-            grow(part[len(part) // 2 :])
+            trials[i] = kind, together
 
-    grow(trials)
-    # Kinds that only work together (one size read off another tensor at run time) do not pass one without the other.
-    if len(accepted) > 1 and lab.difference(channels.legal(torch.cat(accepted[::2]).unique())) is not None:
-        for kind, together in trials:
-            reason = lab.difference(together) if int(kind[0]) not in refused else None
-            if reason is not None:
-                refuse(kind, reason)
-    return refused
+    def difference(chosen: Iterable[int]) -> str | None:
+        doomed = [trials[i][1] for i in chosen]
+        return lab.difference(channels.legal(torch.cat(doomed).unique())) if doomed else None
+
+    def grow(part: list[int], accepted: list[int]) -> list[int]:
+        reason = difference([*accepted, *part])
+        if reason is None:
+            return [*accepted, *part]
+        if len(part) == 1:
+            refused.update(dict.fromkeys(trials[part[0]][0].tolist(), reason))
+            return accepted
+        return grow(part[len(part) // 2 :], grow(part[: len(part) // 2], accepted))
+
+    accepted = grow(list(trials), [])
+    ties: list[tuple[Tensor, ...]] = []
+    apart = [[i for n, i in enumerate(accepted) if n >> bit & 1] for bit in range(len(accepted).bit_length())]
+    if any(difference(part) is not None for part in apart):
+        alone = {i: reason for i in accepted if (reason := difference([i])) is not None}
+        while alone:
+            i, reason = alone.popitem()
+            partner = next(
+                (j for j in alone if len(trials[i][0]) == len(trials[j][0]) and not difference([i, j])), None
+            )
+            if partner is None:
+                refused |= dict.fromkeys(trials[i][0].tolist(), reason)
+            else:
+                del alone[partner]
+                ties.append((trials[i][0], trials[partner][0]))
+    return _without(replace(channels, equal=(*channels.equal, *ties)), refused)
 
 
-def _completed(channels: Channels, sample: Tensor) -> Tensor:
-    """One channel, and what its families then have to lose as well."""
+def _completed(channels: Channels, sample: Tensor) -> Tensor | None:
+    """One channel, and what its families then have to lose as well; None if it cannot go."""
     doomed = sample.reshape(1)
     for _ in range(4):
         for family in channels.equal:
             lost = [torch.isin(ids, doomed) for ids in family]
             most = max(int(mask.sum()) for mask in lost)
             for ids, mask in zip(family, lost, strict=True):
-                spare = ids[~mask & (ids >= 0)][: most - int(mask.sum())]
-                doomed = torch.cat([doomed, spare])
-    return channels.legal(doomed)
+                spare = _once(ids[~mask & (ids >= 0)])
+                doomed = torch.cat([doomed, spare[: most - int(mask.sum())]])
+    legal = channels.legal(_once(doomed))
+    return legal if sample in legal else None
 
 
 class _Lab:

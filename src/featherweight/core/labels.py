@@ -172,6 +172,11 @@ class Flow:
         self.unions.unite(slabs[:, :1], slabs[:, 1:])
         return compact(self.unions.find(labels))
 
+    def as_activation(self, val: Val) -> Val:
+        """A weight's data as one factor among activations: settled like them."""
+        val = self.as_data(val)
+        return Val(val.value, self.settle(val.labels), val.zero) if val.data and val.labels is not None else val
+
     def _classes(self, labels: Tensor, dim: int) -> int:
         """How many channels would be left if each slab along this dimension had to go as a whole."""
         slabs = labels.movedim(dim, 0).flatten(1)
@@ -343,7 +348,9 @@ def bare(value: Any) -> Any:
 
 
 def unknown(call: Call) -> Any:
-    """Pins what an operator touches that has no rule."""
+    """Pins what an operator touches that has no rule; an assertion has no result and touches nothing."""
+    if call.value is None:
+        return None
     call.pin(*call.values(), why="(no rule)")
     return bare(call.value)
 
@@ -482,20 +489,21 @@ def picks_channels(call: Call, x: Val) -> bool:
     at = carrier(x.labels)
     if at is None:
         return False
-    axis = at + x.value.dim()
+    dims, axis = x.value.dim(), at + x.value.dim()
     where = call.arg(1, "dim", 0)
-    match call.name:
-        case "select" | "unbind" | "index_select":
-            return bool(where % x.value.dim() == axis)
-        case "slice" | "narrow":
-            return bool(where % x.value.dim() == axis and call.value.shape != x.value.shape)
-        case "roll":
-            return axis in {d % x.value.dim() for d in as_list(call.arg(2, "dims", [axis]))}
-        case "index":
-            return axis < len(where) and where[axis] is not None
-        case "repeat_interleave" | "unfold" | "diagonal" | "rot90":
-            return call.name != "repeat_interleave"
-    return False
+    picked = {
+        "select": lambda: where % dims == axis,
+        "unbind": lambda: where % dims == axis,
+        "index_select": lambda: where % dims == axis,
+        "slice": lambda: where % dims == axis and call.value.shape != x.value.shape,
+        "narrow": lambda: where % dims == axis and call.value.shape != x.value.shape,
+        "roll": lambda: axis in {d % dims for d in as_list(call.arg(2, "dims", [axis]))},
+        "index": lambda: axis < len(where) and where[axis] is not None,
+        "unfold": lambda: where % dims == axis,
+        "diagonal": lambda: True,
+        "rot90": lambda: True,
+    }
+    return bool(picked.get(call.name, lambda: False)())
 
 
 def as_list(dims: Any) -> list[int]:
@@ -612,7 +620,7 @@ def reduce(call: Call) -> Any:
     """Over other dimensions labels stay; a sum may run over channels that are zero when masked, nothing else may."""
     if call.name in ("max", "min") and len(call.args) > 1 and isinstance(call.args[1], Val):
         return pointwise(call)
-    flow, x = call.flow, call.flow.as_data(call.args[0])
+    x = call.flow.as_data(call.args[0])
     if x.labels is None:
         return bare(call.value)
     position = 2 if call.name in ("linalg_vector_norm", "norm") else 1
@@ -825,10 +833,8 @@ def group_norm(call: Call) -> Any:
 @rule("layer_norm", "rms_norm")
 def layer_norm(call: Call) -> Any:
     """Statistics over the last dimensions; weight and bias of their shape."""
-    flow, x, shape = call.flow, call.flow.as_data(call.args[0]), list(call.args[1])
+    flow, x, shape = call.flow, call.flow.as_activation(call.args[0]), list(call.args[1])
     weights = [w for w in call.args[2:4] if isinstance(w, Val)]
-    if x.labels is not None and x.data:
-        x = Val(x.value, flow.settle(x.labels), x.zero)
     at = carrier(x.labels)
     if x.labels is None:
         call.pin(*weights, why="over a fixed size")
@@ -867,8 +873,7 @@ def contract(call: Call, a: Val, da: int, b: Val, db: int) -> None:
 
 def product(call: Call, a: Val, b: Val) -> Any:
     """Batched matrix product of two activations."""
-    flow, dims = call.flow, call.value.dim()
-    a, b = (Val(v.value, flow.settle(v.labels), v.zero) if v.data and v.labels is not None else v for v in (a, b))
+    dims = call.value.dim()
     if a.value.dim() < 2 or b.value.dim() < 2:
         call.pin(a, b, why="with a vector")
         return Val(call.value)
@@ -908,14 +913,14 @@ def matmul(call: Call) -> Any:
     a, b = call.args[:2]
     if b.name is not None and b.value.dim() == 2 and a.name is None:
         return affine(call, a, b, None, ins=0, outs=1)
-    return product(call, call.flow.as_data(a), call.flow.as_data(b))
+    return product(call, call.flow.as_activation(a), call.flow.as_activation(b))
 
 
 @rule("scaled_dot_product_attention")
 def attention(call: Call) -> Any:
     """Queries and keys share labels through their product, the values' pass to the output."""
     flow = call.flow
-    q, k, v = (Val(x.value, flow.settle(x.labels), x.zero) if x.data else x for x in map(flow.as_data, call.args[:3]))
+    q, k, v = map(flow.as_activation, call.args[:3])
     mask = call.arg(3, "attn_mask")
     cq, ck, cv = (carrier(x.labels) for x in (q, k, v))
     if -1 in (cq, ck):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 from torch.export._tree_utils import reorder_kwargs
+from torch.export.graph_signature import InputKind
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
