@@ -121,6 +121,17 @@ def test_tied_weights_are_pruned_together_and_counted_once():
     assert "that of a" in ledger.skipped["b"]
 
 
+def test_layers_of_other_kinds_are_left_alone_and_said():
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "lstm": nn.LSTM(4, 4), "head": nn.Linear(4, 2)})
+    with recording() as ledger:
+        prune(model, small_task(), sparsity=0.5, score=magnitude, **ONE_SHOT)
+    assert {path: reason.split(":")[0] for path, reason in ledger.skipped.items()} == {
+        "embed": "Embedding",
+        "lstm": "LSTM",
+    }
+    assert int((model["head"].weight == 0).sum()) == 4
+
+
 def test_units_that_lost_their_connections_are_noted():
     model = nn.Sequential(nn.Linear(3, 2))
     with torch.no_grad():

@@ -8,6 +8,7 @@ from typing import TypeVar, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from featherweight.core.forms import Mask, attach, forms_of, has_forms, originals
 from featherweight.core.ledger import recording, skip
@@ -72,6 +73,10 @@ def sites(model: nn.Module, where: Where = None, types: tuple[type[nn.Module], .
             found[path] = Site(path, module)
         else:
             skip(path, f"its weight is that of {owner}, and goes with it")
+    for path, module in model.named_modules():
+        matrices = any(p.dim() > 1 for p in module._parameters.values() if p is not None)
+        if matrices and not isinstance(module, (*types, *WEIGHTED, ParametrizationList)):
+            skip(path, f"{type(module).__name__}: this method works on linear and convolution layers")
     return found
 
 
