@@ -113,6 +113,8 @@ class Flow:
     norms: dict[str, Tensor] = field(default_factory=dict)  # node of a layer or RMS norm -> labels along its dimension
     spans: dict[str, tuple[Tensor, int]] = field(default_factory=dict)  # node of a group norm -> labels, groups
     names: dict[str, str] = field(default_factory=dict)  # placeholder -> weight
+    aliases: dict[str, list[str]] = field(default_factory=dict)  # weight -> all its names
+    entered: dict[str, str] = field(default_factory=dict)  # layer -> the weight that it is known by
 
     def pin(self, labels: Tensor | None, reason: str) -> None:
         """These channels stay."""
@@ -312,6 +314,8 @@ def flow_labels(model: nn.Module, program: ExportedProgram, example_inputs: Any)
     flow = Flow(model)
     first, weights = first_names(model), weight_tensors(model)
     tensors = graph_inputs(program).tensors
+    for name, canonical in first.items():
+        flow.aliases.setdefault(canonical, []).append(name)
     place: dict[str, Any] = {}
     for name, value in placed(program, weights, example_inputs).items():
         known = first.get(tensors[name]) if name in tensors else None
@@ -687,14 +691,26 @@ def glu(call: Call) -> Any:
 
 
 def enter(call: Call, weight: Val, inputs: Tensor | None, outputs: Tensor | None) -> None:
-    """Notes what a layer's inputs and outputs are, under its path."""
+    """Notes what a layer's inputs and outputs are, under its path.
+
+    A tied weight is noted under the layer that uses it; a second weight of one module under the weight's own name.
+    """
     if weight.name is None:
         return
-    path = weight.name.rpartition(".")[0]
+    flow, name = call.flow, weight.name
+    name = next((n for n in flow.aliases.get(name, ()) if n.rpartition(".")[0] == owner(call.node)), name)
+    path = name.rpartition(".")[0]
+    if flow.entered.setdefault(path, name) != name and not {name, flow.entered[path]} & norm_names(path):
+        path = name
     if inputs is not None:
-        call.flow.inputs[path] = inputs
+        flow.inputs[path] = inputs
     if outputs is not None:
-        call.flow.outputs[path] = outputs
+        flow.outputs[path] = outputs
+
+
+def norm_names(path: str) -> set[str]:
+    """The four vectors of a norm, which are one layer."""
+    return {f"{path}.{name}" for name in ("bias", "running_mean", "running_var")}
 
 
 def affine(call: Call, x: Val, weight: Val, bias: Any, ins: int, outs: int, dim: int = -1) -> Any:
