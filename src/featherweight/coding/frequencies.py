@@ -8,7 +8,7 @@ import constriction
 import numpy as np
 from numpy.typing import NDArray
 
-from featherweight.coding.bits import Ints, Reader, list_bits, pack_list, unpack_list
+from featherweight.coding.bits import Ints, Reader, entropy_bits, list_bits, pack_list, unpack_list
 from featherweight.errors import FormatError
 
 TOTAL = 22  # frequencies are scaled to the sum 2**22
@@ -22,6 +22,13 @@ def frequency_table(counts: Ints) -> Ints:
     A symbol that occurs has a frequency of at least 1. The sum is at most 2**22.
     """
     return min(_roundings(counts), key=lambda f: list_bits(f) + stream_bits(counts, f))
+
+
+def estimated_bits(counts: Ints) -> float:
+    """About as many bits as table and stream take, found without trying every rounding."""
+    total = max(int(counts.sum()), 1)
+    few = min(total.bit_length(), 10)
+    return entropy_bits(counts) * 1.002 + list_bits(np.ceil(counts * ((1 << few) / total)).astype(np.int64))
 
 
 def _roundings(counts: Ints) -> list[Ints]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from featherweight.errors import BadOption, FormatError
 
-LARGEST = 16 << 20  # bytes of JSON that a file may hold
+FREE, PER_BYTE, LARGEST = 1 << 20, 64, 16 << 20  # JSON may have 1 MiB and 64 bytes a deflated byte, at most 16 MiB
 # Part of the format: bytes that deflate may refer back to before the first byte. Version 1 never changes it.
 WORDS = (
     b'{"tool":"featherweight 0.1.0","provenance":{"featherweight":"0.1.0","source":{"sha256":"0123456789abcdef",'
@@ -39,25 +39,33 @@ def pack_manifest(data: dict[str, Any]) -> bytes:
     except (TypeError, ValueError) as error:
         raise BadOption(f"what a file says about its model must be JSON (numbers finite): {error}") from None
     squeeze = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, WORDS)
-    return squeeze.compress(text.encode()) + squeeze.flush()
+    packed = squeeze.compress(text.encode()) + squeeze.flush()
+    if len(text.encode()) > largest(len(packed)):
+        raise BadOption(f"{len(text.encode())} bytes about a model are more than a file may hold: shorten provenance=")
+    return packed
+
+
+def largest(length: int) -> int:
+    """The bytes of JSON that so many deflated bytes may hold."""
+    return min(LARGEST, FREE + PER_BYTE * length)
 
 
 def unpack_manifest(data: bytes) -> dict[str, Any]:
     """The dict that `pack_manifest` wrote.
 
     Raises:
-        FormatError: the bytes are no deflated JSON object, or one of more than 16 MiB.
+        FormatError: the bytes are no deflated JSON object, or a larger one than `largest` allows.
     """
     if not data:
         return {}
     try:
         expand = zlib.decompressobj(-15, WORDS)
-        text = expand.decompress(data, LARGEST)
+        text = expand.decompress(data, largest(len(data)))
         found = json.loads(text.decode())
     except (zlib.error, ValueError, RecursionError):
         raise FormatError("the description of the model is corrupt") from None
     if not expand.eof or expand.unused_data or not isinstance(found, dict):
-        raise FormatError("the description of the model is corrupt or larger than 16 MiB")
+        raise FormatError("the description of the model is corrupt, or far larger than its deflated length")
     return found
 
 

