@@ -1,4 +1,4 @@
-"""Uniform grids as forms: one for weights (symmetric, per output channel), one for activations (fixed range)."""
+"""Uniform grids as forms, for weights (symmetric) and activations (a fixed range); where they stand; what they saw."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from featherweight.core.forms import Affine, Codes, Form, along
+
+SAMPLE = 4096  # values that `Seen` keeps of one call
 
 
 @final
@@ -122,3 +124,41 @@ def covering(low: float, high: float, bits: int = 8) -> ActivationGrid:
     if not scale > torch.finfo(torch.float32).tiny:  # an activation that is always zero
         return ActivationGrid(1.0, 0, 0, top)
     return ActivationGrid(scale, min(top, max(0, round(-low / scale))), 0, top)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Tensors that share one activation grid, as (module path, "input" or "output") pairs.
+
+    What lies outside of `clamp` the network cuts off right behind this place (a ReLU), so the grid need not reach it.
+    """
+
+    sites: tuple[tuple[str, str], ...]
+    clamp: tuple[float, float] = (float("-inf"), float("inf"))
+
+
+@final
+class Seen(Form):
+    """Stands where a grid will stand and remembers what passes: exact limits and a sample; changes nothing."""
+
+    def __init__(self, clamp: tuple[float, float] = (float("-inf"), float("inf"))) -> None:
+        super().__init__()
+        self.clamp = clamp
+        self.low, self.high = float("inf"), float("-inf")
+        self.parts: list[Tensor] = []
+
+    def forward(self, *free: Tensor, keep: Tensor | None = None) -> Tensor:
+        (value,) = free
+        if value.is_floating_point() and value.numel():
+            flat = value.detach().flatten()
+            flat = flat[:: max(1, flat.numel() // SAMPLE)].float().clamp(*self.clamp).cpu()
+            limits = [float(v) for v in torch.aminmax(value.detach())]
+            least, most = (min(max(v, self.clamp[0]), self.clamp[1]) for v in limits)
+            self.low, self.high = min(self.low, least), max(self.high, most)
+            self.parts.append(flat)
+        return value
+
+    @property
+    def sample(self) -> Tensor:
+        """Values that passed, shape (n,), evenly picked from every call; the limits are among them."""
+        return torch.cat([*self.parts, torch.tensor([self.low, self.high])])

@@ -1,0 +1,135 @@
+"""The verb `quantize`: grids for weights, activations and gradients; calibrate the ranges; train through the grids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+from featherweight.catalogue import fill
+from featherweight.core.check import positive, whole
+from featherweight.core.flow import follow
+from featherweight.core.forms import Form, attach
+from featherweight.core.grids import ActivationGrid, Place, Seen
+from featherweight.core.ledger import note, skip
+from featherweight.core.progress import track
+from featherweight.core.site import Site, per_layer
+from featherweight.core.surgery import Where
+from featherweight.core.task import Task, eval_mode, length, run
+from featherweight.errors import CompressionError
+
+Grid = Callable[[Site, int], Form]
+Range = Callable[[Seen, int], ActivationGrid]
+Gradient = Callable[[int], Form]
+Placement = Callable[[nn.Module, Task, Mapping[str, nn.Module]], list[Place]]
+
+LAYERS = (nn.Linear, nn.Conv2d)
+
+
+def quantize(
+    model: nn.Module,
+    task: Task,
+    *,
+    weights: str | Grid | None = "symmetric",
+    acts: str | Range | None = None,
+    grads: str | Gradient | None = None,
+    weight_bits: int | Mapping[str, int] = 8,
+    act_bits: int = 8,
+    grad_bits: int = 8,
+    place: str | Placement = "layer_inputs",
+    keep_first_last: bool = False,
+    calibration_batches: int = 16,
+    epochs: float = 0,
+    lr: float = 1e-4,
+    optimizer: str | None = None,
+    where: Where = None,
+) -> nn.Module:
+    """Puts weights, activations and gradients of Linear and Conv2d layers on grids, trains through them, returns.
+
+    The grids stay on the model as forms: a later method trains through them, the file and the ONNX export read the
+    integers from them.
+
+    Args:
+        weights: an ingredient `(site, bits) -> Form`, or None to leave weights alone.
+        acts: an ingredient `(what was seen, bits) -> activation grid`, or None to leave activations alone.
+        grads: an ingredient `(bits) -> Form` for the gradient of a layer's output, or None.
+        weight_bits: bits of a weight; or layer patterns with bits each, such as {"conv*": 8, "Linear": 4}.
+        act_bits: bits of an activation.
+        grad_bits: bits of a gradient.
+        place: which tensors carry activation grids: "layer_inputs", or "fused" (what integer runtimes want).
+        keep_first_last: leave the first and the last layer that run in float.
+        calibration_batches: how many batches the activation ranges are taken from.
+        epochs: training through the grids.
+        lr: learning rate of that training.
+        optimizer: "adam" (default), "adamw" or "sgd".
+        where: which layers; all Linear and Conv2d layers when left out.
+
+    Raises:
+        BadOption: an option outside its range.
+        UnknownName: no such ingredient or layer.
+        MissingNeed: no data to calibrate or to train with.
+        CompressionError: nothing is left to quantize.
+    """
+    found, bits = per_layer(
+        model, "weight_bits", weight_bits, where, lambda name, value: whole(name, value, low=1, high=16), types=LAYERS
+    )
+    chosen = _without_ends(model, task, found) if keep_first_last else found
+    if weights is not None:
+        grid = fill("grid", weights)
+        for path, site in chosen.items():
+            attach(site.module, grid(site, bits[path]), root=model)
+    if acts is not None:
+        layers = {path: site.module for path, site in chosen.items()}
+        places = fill("place", place)(model, task, layers)
+        _place(
+            model, task, places, fill("range", acts), whole("act_bits", act_bits, low=1, high=16), calibration_batches
+        )
+    if grads is not None:
+        gradient = fill("gradient", grads)
+        for site in chosen.values():
+            attach(site.module, gradient(whole("grad_bits", grad_bits, low=1, high=16)), "grad")
+    note(
+        f"{len(chosen)} layers quantized: {_told(weights is not None, bits, chosen, acts, act_bits, grads, grad_bits)}"
+    )
+    if positive("epochs", epochs, zero=True):
+        task.fit(model, task, epochs=epochs, lr=positive("lr", lr), optimizer=optimizer, label="train on the grids")
+    return model
+
+
+def _told(weights: bool, bits: Mapping[str, int], chosen: Mapping[str, Site], *rest: object) -> str:
+    acts, act_bits, grads, grad_bits = rest
+    used = "/".join(str(b) for b in sorted({bits[path] for path in chosen}))
+    parts = [f"weights {used}" if weights else "", f"activations {act_bits}" if acts is not None else ""]
+    return ", ".join(p for p in [*parts, f"gradients {grad_bits}" if grads is not None else ""] if p) + " bits"
+
+
+def _without_ends(model: nn.Module, task: Task, found: Mapping[str, Site]) -> dict[str, Site]:
+    """The chosen layers without the first and the last that run, whichever are chosen."""
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, LAYERS)}
+    order = [step.layer for step in follow(model, task.inputs(), layers).steps if step.layer is not None]
+    ends = {order[0], order[-1]} if order else set()
+    for path in ends & found.keys():
+        skip(path, "the first and the last layer stay float: pass keep_first_last=False to quantize them too")
+    chosen = {path: site for path, site in found.items() if path not in ends}
+    if not chosen:
+        raise CompressionError(
+            "no layer is left between the first and the last, which stay float: pass keep_first_last=False"
+        )
+    return chosen
+
+
+def _place(model: nn.Module, task: Task, places: list[Place], make: Range, bits: int, batches: int) -> None:
+    """Watches what passes at every place, then puts a grid there."""
+    seen = [Seen(place.clamp) for place in places]
+    for place, watcher in zip(places, seen, strict=True):
+        for path, at in place.sites[:1]:
+            attach(model.get_submodule(path), watcher, at)
+    data = task.calibrating()
+    total = min(whole("calibration_batches", batches, low=1), length(data) or batches)
+    with eval_mode(model):
+        for _, batch in zip(range(batches), track(data, "calibrate", total), strict=False):
+            run(model, task, batch)
+    for place, watcher in zip(places, seen, strict=True):
+        grid = make(watcher, bits)
+        for path, at in place.sites:
+            attach(model.get_submodule(path), grid, at)
