@@ -30,6 +30,8 @@ from featherweight.errors import BadOption, CompressionError, unknown
 Doomed = Mapping[str, Sequence[int] | Tensor] | Iterable[int] | Tensor
 """Channels to remove: {layer path: indices of its outputs}, or numbers of channels."""
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -155,9 +157,8 @@ class Channels:
             BadOption: a layer without channels, or an index out of range.
         """
         if not isinstance(doomed, Mapping):
-            numbers = torch.as_tensor(list(doomed) if not isinstance(doomed, Tensor) else doomed, dtype=torch.long)
-            self._checked("channels", numbers, self.count)
-            return _once(numbers.flatten())
+            numbers = doomed if isinstance(doomed, Tensor) else torch.tensor(list(doomed), dtype=torch.long)
+            return _once(self._checked("channels", numbers, self.count))
         parts = [torch.empty(0, dtype=torch.long)]
         for path, index in doomed.items():
             ids = self._outputs(path)
@@ -175,7 +176,7 @@ class Channels:
             multiple: the number of outputs that every layer keeps is a multiple of this, or all of them.
         """
         numbers = self.chosen(doomed)
-        rank = torch.full((self.count,), -1)
+        rank = torch.full((self.count + 1,), -1)  # the last entry is for -1
         rank[numbers] = torch.arange(len(numbers))
         while self._spare(rank, multiple):
             pass
@@ -227,7 +228,7 @@ def _once(numbers: Tensor) -> Tensor:
 
 def _staying(ids: Tensor, rank: Tensor) -> Tensor:
     """Which entries stay."""
-    return torch.cat([rank, torch.tensor([-1])])[ids] < 0  # the last entry is for -1
+    return rank[ids] < 0
 
 
 def _return(ids: Tensor, rank: Tensor, count: int) -> None:
@@ -450,33 +451,35 @@ class _Lab:
                     noise = torch.rand(tensor.shape, generator=generator).to(tensor) + 0.5
                     size = tensor.abs().mean().nan_to_num(0.0, 0.0, 0.0).clamp_min(0.05)
                     tensor.copy_(torch.where(tensor.abs() > 1e-3 * size, tensor, size) * noise)
-        self.double()
+        self.tolerance = 0.05 if any(p.dtype in HALF for p in self.model.parameters()) else 2e-4
+        # Some code insists on a precision of its own: the first that runs, and runs exactly, is taken.
+        if not self.widened(torch.float64, 1e-9, 1e-7) and self.tolerance == 0.05:
+            self.widened(torch.float32, 1e-5, 2e-4)
 
-    def double(self) -> None:
-        """Double precision, if the model's code can do without single precision."""
-        from_single = {torch.float32: torch.float64}
-        wide = pytree.tree_map(
-            lambda x: x.to(from_single.get(x.dtype, x.dtype)) if isinstance(x, Tensor) else x, self.inputs
+    def widened(self, dtype: torch.dtype, exact: float, tolerance: float) -> bool:
+        """Goes over to another precision if the model's code and its graph agree there."""
+        inputs = pytree.tree_map(
+            lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, self.inputs
         )
-        trial = copy.deepcopy(self.model).double()
+        trial = copy.deepcopy(self.model).to(dtype)
         try:
             with torch.no_grad():
-                expected = masked_outputs(trial, replace(self.channels, example_inputs=wide), torch.empty(0))
-                args, kwargs = as_call(wide)
-                if _differ(expected, trial(*args, **kwargs), 1e-9) is None:
-                    self.model, self.inputs = trial, wide
+                expected = masked_outputs(trial, replace(self.channels, example_inputs=inputs), torch.empty(0))
+            wrong = _verdict(trial, inputs, expected, exact)
         except (RuntimeError, TypeError):
-            return
+            return False
+        if wrong is None:
+            self.model, self.inputs, self.tolerance = trial, inputs, tolerance
+        return wrong is None
 
     def difference(self, doomed: Tensor) -> str | None:
         """Why removing these channels is not the same as masking them, or None where it is."""
         channels = replace(self.channels, example_inputs=self.inputs)
-        double = any(p.dtype == torch.float64 for p in self.model.parameters())
         with torch.no_grad():
             expected = masked_outputs(self.model, channels, doomed)
             undo = _remove(self.model, channels, doomed)
             try:
-                return _verdict(self.model, self.inputs, expected, 1e-7 if double else 2e-4)
+                return _verdict(self.model, self.inputs, expected, self.tolerance)
             finally:
                 for step in reversed(undo):
                     step()
@@ -485,7 +488,8 @@ class _Lab:
 def _verdict(model: nn.Module, inputs: Any, expected: Sequence[Any], tolerance: float) -> str | None:
     args, kwargs = as_call(inputs)
     try:
-        found = model(*args, **kwargs)
+        with torch.no_grad():
+            found = model(*args, **kwargs)
     except Exception as error:  # the user's code may raise anything on sizes it did not expect
         text = next(iter(str(error).splitlines()), "")
         return f"the model's code does not follow a removal ({type(error).__name__}: {text[:120]})"
@@ -600,12 +604,11 @@ def remove_channels(
     _check_fits(model, channels)
     if not len(numbers):
         return model
-    held = {id(t): t for t in weight_tensors(model).values()}
     with eval_mode(model):
         expected = masked_outputs(model, channels, numbers)
         edits: dict[str, dict[str, Any]] = {}
         undo = _remove(model, channels, numbers, edits, optimizer)
-        half = any(t.dtype in (torch.float16, torch.bfloat16) for t in held.values())
+        half = any(p.dtype in HALF for p in model.parameters())
         wrong = _verdict(model, channels.example_inputs, expected, 0.1 if half else 1e-3)
         if wrong is not None:
             for step in reversed(undo):

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from featherweight.core.task import to_device
 from featherweight.core.trace import first_names, graph_inputs, interpret, operator_name, owner, placed, weight_tensors
 
 
@@ -283,7 +284,7 @@ class Call:
 
     def again(self, *args: Any) -> Any:
         """The operator itself, executed on labels."""
-        kwargs = {k: plain(v) for k, v in self.kwargs.items()}
+        args, kwargs = to_device((args, plain(self.kwargs)), torch.device("cpu"))  # where labels are
         try:
             return self.node.target(*args, **kwargs)  # type: ignore[operator]
         except RuntimeError:  # a view of labels that are themselves an expanded view

@@ -111,7 +111,7 @@ def first_names(model: nn.Module) -> dict[str, str]:
 
 
 def placed(program: ExportedProgram, weights: Mapping[str, Tensor], example_inputs: Any) -> dict[str, Any]:
-    """What every placeholder holds: weights by name, lifted constants, and the user's inputs (copied)."""
+    """What every placeholder holds: parameters by name, and copies of buffers, constants and the user's inputs."""
     inputs = graph_inputs(program)
     args, kwargs = as_call(example_inputs)
     spec = program.call_spec.in_spec
@@ -119,7 +119,9 @@ def placed(program: ExportedProgram, weights: Mapping[str, Tensor], example_inpu
     values = {name: weights[target] for name, target in inputs.tensors.items()}
     values |= inputs.constants | dict(zip(inputs.given, given, strict=True))
     # In-place operators of the graph must not reach the caller's tensors.
-    return {k: v.clone() if isinstance(v, Tensor) and k not in inputs.tensors else v for k, v in values.items()}
+    parameters = set(program.graph_signature.parameters)
+    kept = {name for name, target in inputs.tensors.items() if target in parameters}
+    return {k: v.clone() if isinstance(v, Tensor) and k not in kept else v for k, v in values.items()}
 
 
 def interpret(
