@@ -143,6 +143,61 @@ class Reused(nn.Module):
         return self.decoder(x)
 
 
+class Twice(nn.Module):
+    """One layer twice in a row, so that its outputs are its own inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.Linear(8, 8)
+        self.layers = nn.Sequential(nn.Linear(5, 8), layer, nn.GELU(), layer, nn.Dropout(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Counting(nn.Module):
+    """A buffer that every call changes, and one that enters as data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(5, 8), nn.Linear(8, 2)
+        self.calls: Tensor
+        self.shift: Tensor
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("shift", torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.out(F.gelu(self.first(x) - self.shift))
+
+
+class Split(nn.Module):
+    """Parts whose sizes are attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.a, self.b, self.sizes = nn.Linear(5, 8), nn.Linear(5, 2), nn.Linear(3, 2), [5, 3]
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.first(x).split(self.sizes, -1)
+        return self.a(a) + self.b(b)
+
+
+class Queries(nn.Module):
+    """Learned queries and positions, weights that enter as data; keys and values of different sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.positions = nn.Parameter(torch.randn(1, 3, 8)), nn.Parameter(torch.randn(1, 6, 8))
+        self.stem, self.k, self.v, self.out = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 10), nn.Linear(10, 2)
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (self.stem(x) + self.positions) * self.gain
+        queries = self.queries.expand(x.shape[0], -1, -1)
+        return self.out(F.scaled_dot_product_attention(queries, self.k(x), self.v(x), scale=0.3))
+
+
 class Recurrent(nn.Module):
     """Two bidirectional layers over an embedding."""
 
@@ -316,6 +371,10 @@ COUPLED: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any], int, int]]
     "pixel_shuffle": (PixelShuffle, images, 44, 47),
     "two_inputs": (TwoInputs, lambda n=2: {"numbers": torch.randn(n, 3), "tokens": tokens(n)}, 30, 32),
     "reused": (Reused, tokens, 40, 51),
+    "twice": (Twice, vectors, 24, 27),
+    "counting": (Counting, vectors, 8, 10),
+    "split": (Split, vectors, 8, 12),
+    "queries": (Queries, sequences, 26, 28),
     "lstm": (Recurrent, tokens, 14, 17),
     "gru": (lambda: Recurrent(nn.GRU), tokens, 14, 17),
     "rnn": (lambda: Recurrent(nn.RNN), tokens, 14, 17),

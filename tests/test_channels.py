@@ -37,7 +37,7 @@ def test_removal_equals_masking(name: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("name", ["grouped", "shuffled", "segmenter", "attention", "agreeing"])
+@pytest.mark.parametrize("name", ["split", "grouped", "shuffled", "segmenter", "attention", "agreeing"])
 def test_removal_equals_masking_whatever_is_chosen(name: str, seed: int) -> None:
     make, inputs, _, _ = COUPLED[name]
     found, _, _ = removal_gap(randomise(make()), inputs(), fraction=0.25 + 0.5 * seed, seed=seed)

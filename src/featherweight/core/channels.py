@@ -518,17 +518,17 @@ def masked_outputs(model: nn.Module, channels: Channels, doomed: Tensor) -> list
     assert channels.program is not None  # only absent in channels made by hand
     gone = torch.zeros(channels.count + 1, dtype=torch.bool)
     gone[doomed.long()] = True
-    weights = {name: t.detach() for name, t in weight_tensors(model).items()}
+    weights = weight_tensors(model)  # a tied one is the same object under each of its names
     masked: dict[int, Tensor] = {}
     for name, mask, dim in _masks(channels, gone):
-        base = masked.get(id(weights[name]), weights[name])
+        base = masked.get(id(weights[name]), weights[name].detach())
         shape = [1] * base.dim()
         shape[dim] = base.shape[dim]
         if mask.dim() == 2:  # (groups, inputs of a group): the rows of each group have their own columns
             shape[0] = base.shape[0]
         rows = mask.repeat_interleave(base.shape[0] // len(mask), 0) if mask.dim() == 2 else mask
         masked[id(weights[name])] = base.masked_fill(rows.reshape(shape).to(base.device), 0)
-    held = {name: masked.get(id(t), t) for name, t in weights.items()}
+    held = {name: masked.get(id(t), t.detach()) for name, t in weights.items()}
 
     def call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if node.name in channels.norms:
