@@ -9,11 +9,18 @@ import torch
 from torch import Tensor, nn
 
 import featherweight.core.task as core
+from featherweight import pipeline
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _short_timing() -> None:
+    """Tests look at what is timed, not at how long it takes."""
+    pipeline.LATENCY_SECONDS = 0.01
 
 
 class Batches:

@@ -483,6 +483,14 @@ def test_types_other_than_float32_keep_theirs(tmp_path: Path) -> None:
 SMALL = "nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4))"
 
 
+def test_a_recurrent_layer_computes_with_what_was_loaded(tmp_path: Path) -> None:
+    model = nn.LSTM(4, 5).double()
+    save(model, tmp_path / "a.fw")
+    fresh = load(tmp_path / "a.fw", into=nn.LSTM(4, 5))
+    x = torch.randn(3, 2, 4, dtype=torch.float64)
+    assert torch.equal(model(x)[0], fresh(x)[0])
+
+
 def test_a_fresh_process_loads_and_trains_on(tmp_path: Path) -> None:
     model = eval(SMALL)
     x = torch.randn(5, 1, 8, 8)

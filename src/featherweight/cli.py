@@ -1,0 +1,179 @@
+"""The command line: one thin command over each public verb. PyTorch is imported only when a command needs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from featherweight.errors import FeatherweightError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Makes trained PyTorch networks small and fast, and proves it.",
+)
+
+INTERRUPTED = 130  # the exit code of Ctrl-C
+NETWORK = "zoo name (lenet5, resnet:depth=20,width=0.5), file.py:function or package.module:function"
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, results only")]
+
+
+def main() -> None:
+    """Runs the command line: errors of ours are one sentence and exit code 2, an interruption is exit code 130."""
+    try:
+        app(standalone_mode=True)
+    except FeatherweightError as error:
+        print(f"featherweight: {error}", file=sys.stderr)
+        sys.exit(2)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            print("featherweight: interrupted; the same command with --resume goes on from here", file=sys.stderr)
+        raise
+
+
+@app.command(
+    epilog="Example: `featherweight compress lenet5 --data mnist5k --method magnitude_iterative:sparsity=0.9 "
+    "--method kmeans_share:weight_bits=4 --until 'size<=0.03x' --guard 'drop<=0.5pt' --out runs/lenet5`"
+)
+def compress(
+    network: Annotated[str, typer.Argument(help=NETWORK)],
+    data: Annotated[str, typer.Option(help="data set (mnist5k, mnist, fashion_mnist) or function that returns a Task")],
+    method: Annotated[list[str], typer.Option(help="id:option=value,option=value; repeat it for a chain")],
+    out: Annotated[Path, typer.Option(help="folder for model.fw, model.onnx, report.json and the checkpoints")],
+    weights: Annotated[Path | None, typer.Option(help="safetensors file or torch state dict of the network")] = None,
+    train: Annotated[
+        int | None,
+        typer.Option(help="train the network first for so many epochs (10 for a zoo network without weights)"),
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option(help="stop when this holds: 'size<=0.1x', 'latency<=5ms', 'macs<=2M'")
+    ] = None,
+    guard: Annotated[str | None, typer.Option(help="roll a method back that breaks this: 'drop<=0.5pt'")] = None,
+    strict: Annotated[bool, typer.Option(help="the guard must hold at the upper end of the 95 % interval")] = False,
+    student: Annotated[
+        str | None, typer.Option(help="the network that is trained in place of the first, its teacher")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="of the zoo's data sets")] = 128,
+    seed: Annotated[int, typer.Option(help="of every random choice")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last finished method of this run")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compress a network with one method or a chain, measure it, and write model.fw, model.onnx and report.json."""
+    from featherweight import commands
+
+    asked = {"network": network, "data": data, "weights": weights, "student": student, "batch_size": batch_size}
+    result = commands.compress(
+        asked,
+        list(method),
+        out=out,
+        train=train,
+        until=until,
+        guard=guard,
+        strict=strict,
+        seed=seed,
+        resume=resume,
+        show=not quiet,
+    )
+    commands.show_ledger(result.report, out)
+    if not result.reached:
+        raise FeatherweightError(
+            f"the budget was not reached ({'; '.join(result.report['budget']['binds'])}): the nearest result is in "
+            f"{out}, add a method to the chain or allow more"
+        )
+
+
+@app.command(epilog="Example: `featherweight methods tucker2_vbmf`, `featherweight methods --family prune --json`")
+def methods(
+    id: Annotated[str | None, typer.Argument(help="one id, with all its options")] = None,
+    family: Annotated[
+        str | None, typer.Option(help="only this family: prune, quantize, factorize, share, distill, code")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+) -> None:
+    """List what there is: methods, coders and executors, with what each needs and makes smaller."""
+    from featherweight import commands
+
+    found = commands.methods(id, family)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    elif id is not None:
+        commands.show_method(found[0])
+    else:
+        commands.show_methods(found)
+
+
+@app.command(epilog="Example: `featherweight inspect runs/demo/model.fw`")
+def inspect(
+    file: Annotated[Path, typer.Argument(help="a .fw file")], as_json: Annotated[bool, typer.Option("--json")] = False
+) -> None:
+    """Show where every byte of a .fw file goes."""
+    from featherweight import coding, commands
+
+    found = coding.inspect(file)
+    if as_json:
+        print(json.dumps(found, indent=1, default=str))
+    else:
+        commands.show_file(found)
+
+
+@app.command(epilog="Example: `featherweight verify runs/demo`")
+def verify(
+    directory: Annotated[Path, typer.Argument(help="a folder that `compress` wrote")], quiet: Quiet = False
+) -> None:
+    """Check a result again: checksums, sizes, the metric of the file and of the ONNX model, against report.json."""
+    from featherweight import commands
+
+    for line in commands.verify(directory, show=not quiet):
+        print(line)
+
+
+@app.command(epilog="Example: `featherweight unpack model.fw --into lenet5 --onnx out.onnx --weights out.safetensors`")
+def unpack(
+    file: Annotated[Path, typer.Argument(help="a .fw file")],
+    onnx: Annotated[Path | None, typer.Option(help="write an ONNX model here")] = None,
+    weights: Annotated[Path | None, typer.Option(help="write the plain weights here (safetensors)")] = None,
+    into: Annotated[str | None, typer.Option(help=f"the network that was compressed: {NETWORK}")] = None,
+) -> None:
+    """Make plain weights or an ONNX model of a .fw file."""
+    from featherweight import commands
+
+    for line in commands.unpack(file, onnx, weights, into):
+        print(line)
+
+
+@app.command(
+    epilog="Example: `featherweight export resnet20 --weights w.safetensors --data fashion_mnist --onnx out.onnx`"
+)
+def export(
+    network: Annotated[str, typer.Argument(help=NETWORK)],
+    onnx: Annotated[Path, typer.Option(help="the file to write")],
+    data: Annotated[str, typer.Option(help="data set, for example inputs")],
+    weights: Annotated[Path | None, typer.Option(help="safetensors file or torch state dict")] = None,
+) -> None:
+    """Write a network as ONNX, checked against PyTorch."""
+    from featherweight import commands
+
+    print(commands.export(network, onnx, data, weights))
+
+
+@app.command(epilog="Example: `featherweight bench runs/demo --threads 1 --batch 1 --batch 64`")
+def bench(
+    directory: Annotated[Path, typer.Argument(help="a folder that `compress` wrote")],
+    threads: Annotated[int, typer.Option(min=1, help="threads of either runtime")] = 1,
+    batch: Annotated[list[int], typer.Option(min=1, help="batch size; repeat it for several")] = [1, 64],  # noqa: B006
+    seconds: Annotated[float, typer.Option(min=0.1, help="time per pair")] = 5.0,
+) -> None:
+    """Time the original and the result side by side, in PyTorch and ONNX Runtime."""
+    from featherweight import commands
+
+    commands.show_latency(commands.bench(directory, threads=threads, batches=batch, seconds=seconds))
+
+
+if __name__ == "__main__":
+    main()

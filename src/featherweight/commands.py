@@ -1,0 +1,328 @@
+"""What the command line does and shows; `cli` only parses. A user of the library calls the public functions instead."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from featherweight import catalogue, coding, figures, pipeline, sources
+from featherweight import export as exporting
+from featherweight.core import progress
+from featherweight.core.task import Task, evaluate
+from featherweight.errors import BadData, FormatError, unknown
+
+console = Console()
+TRAIN_EPOCHS = 10  # of a zoo network that comes without weights
+TRAIN_LR = 2e-3
+
+
+def compress(
+    asked: Mapping[str, Any],
+    methods: Sequence[str],
+    *,
+    out: Path,
+    train: int | None,
+    resume: bool,
+    show: bool,
+    **options: Any,
+) -> pipeline.Result:
+    """`featherweight compress`: the network, its data and weights by name, trained first where it has no weights."""
+    chain = [sources.method(spec) for spec in methods]
+    for name, given in chain:  # before anything is read or trained
+        catalogue.check_options(catalogue.entry(name, "method"), given)
+    with progress.showing(show):
+        task = sources.task(asked["data"], batch_size=asked["batch_size"])
+        pipeline.prepare(out)
+        model = _model(asked["network"], asked["weights"], task, out, train, options["seed"], resume)
+        student = None if asked["student"] is None else sources.network(asked["student"])
+    result = pipeline.compress(model, task, list(chain), out=out, resume=resume, student=student, show=show, **options)
+    # so that `verify` and `bench` can build the network again
+    result.report["command"] = {k: str(v) if isinstance(v, Path) else v for k, v in asked.items()} | {"train": train}
+    pipeline.write_json(out / "report.json", result.report)
+    return result
+
+
+def _model(
+    network: str, weights: Path | None, task: Task, out: Path, train: int | None, seed: int, resume: bool
+) -> nn.Module:
+    """The network to compress; one that is trained here keeps its weights beside the results, to resume and verify."""
+    pipeline.seed_everything(seed, -1)
+    model = sources.network(network)
+    if weights is not None:
+        model = sources.load_weights(model, weights)
+    untrained = weights is None and not sources.is_function(network)
+    epochs = train if train is not None else TRAIN_EPOCHS if untrained else 0
+    kept = out / "original.safetensors"
+    if epochs == 0:
+        return model.eval()
+    if resume and kept.exists():
+        return sources.load_weights(model, kept).eval()
+    progress.say(f"training {network} for {epochs} epochs first")
+    task.fit(model, task, epochs=epochs, lr=TRAIN_LR, label="train")
+    save_weights(model, kept)
+    return model.eval()
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Writes a state dict as safetensors, through a temporary file; tied tensors once each name."""
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        save_file({k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}, temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise BadData(f"{path} cannot be written ({error.strerror}): choose another folder") from None
+
+
+# --- reading a result back --------------------------------------------------------------------------------------------
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """The report of a folder that `compress` wrote."""
+    path = directory / "report.json"
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise BadData(
+            f"there is no report.json in {directory}: pass a folder that `featherweight compress` wrote"
+        ) from None
+    except (OSError, json.JSONDecodeError) as error:
+        raise FormatError(f"{path} cannot be read: {error}") from None
+    return report
+
+
+def rebuilt(directory: Path, report: Mapping[str, Any]) -> tuple[nn.Module, nn.Module, Task] | None:
+    """The original, the result and the task of a run that was started from the command line; None for any other run."""
+    asked = report.get("command")
+    if asked is None:
+        return None
+    task = sources.task(asked["data"], batch_size=asked["batch_size"])
+    original = sources.network(asked["network"])
+    kept = directory / "original.safetensors"
+    weights = kept if kept.exists() else asked["weights"]
+    if weights is not None:
+        sources.load_weights(original, weights)
+    fresh = copy.deepcopy(original) if asked["student"] is None else sources.network(asked["student"])
+    return original.eval(), coding.load(directory / "model.fw", into=fresh).eval(), task
+
+
+def verify(directory: Path, *, show: bool) -> Iterator[str]:
+    """Checks a result against its report, a line a finding.
+
+    Raises:
+        FormatError: something does not agree.
+    """
+    report = read_report(directory)
+    file = directory / "model.fw"
+    coding.unpack(file)
+    _agree("the size of model.fw", file.stat().st_size, report["result"]["bytes"])
+    yield f"model.fw: checksums hold, {file.stat().st_size} bytes as reported"
+    onnx = directory / "model.onnx"
+    if report["onnx"]["written"]:
+        session = exporting.session(onnx)
+        yield f"model.onnx: runs in ONNX Runtime, {onnx.stat().st_size} bytes"
+    built = rebuilt(directory, report)
+    if built is None:
+        yield "the metric was not measured again: this run was not started from the command line"
+        return
+    with progress.showing(show):
+        _, result, task = built
+        score = evaluate(result, task, report["split"], "test the file")
+        _agree(f"{score.name} on {report['split']}", score.value, report["result"]["metric"])
+        yield f"model.fw: {score} on {report['split']}, as reported"
+        if report["onnx"]["written"]:
+            score = evaluate(session, task, "valid", "evaluate the ONNX file")
+            _agree("the metric of model.onnx", score.value, report["onnx"]["metric_valid"])
+            yield f"model.onnx: {score} on valid, as reported"
+
+
+def _agree(what: str, found: float, reported: float) -> None:
+    if abs(found - reported) > 1e-9:
+        raise FormatError(f"{what} is {found}, report.json says {reported}: the files are not those of the report")
+
+
+def unpack(file: Path, onnx: Path | None, weights: Path | None, into: str | None) -> Iterator[str]:
+    """Writes plain weights, an ONNX model, or both."""
+    if onnx is None and weights is None:
+        raise BadData("nothing to write: pass --weights FILE, --onnx FILE, or both")
+    if into is None:
+        if onnx is not None:
+            raise BadData("an ONNX model needs the network that was compressed: pass --into lenet5 or file.py:function")
+        from safetensors.torch import save_file
+
+        assert weights is not None
+        save_file({name: tensor.contiguous() for name, tensor in coding.unpack(file).items()}, weights)
+        yield f"{weights}: {weights.stat().st_size} bytes"
+        return
+    model = coding.load(file, into=sources.network(into)).eval()
+    if weights is not None:
+        save_weights(model, weights)
+        yield f"{weights}: {weights.stat().st_size} bytes"
+    if onnx is not None:
+        inputs = coding.inspect(file).get("example_inputs")
+        if inputs is None:
+            raise BadData(f"{file} does not say what its inputs look like: save it with example_inputs=...")
+        exporting.onnx(model, onnx, example_inputs=example(inputs))
+        yield f"{onnx}: {onnx.stat().st_size} bytes"
+
+
+def example(described: Mapping[str, Any]) -> Any:
+    """Example inputs from the shapes and types that a file states: {"args": [...], "kwargs": {...}}."""
+    import torch
+
+    def made(one: Mapping[str, Any]) -> torch.Tensor:
+        kind = getattr(torch, one["dtype"])
+        generator = torch.Generator().manual_seed(0)
+        shape = tuple(one["shape"])
+        return (
+            torch.randn(shape, generator=generator).to(kind)
+            if kind.is_floating_point
+            else torch.zeros(shape, dtype=kind)
+        )
+
+    return tuple(made(a) for a in described["args"]), {k: made(v) for k, v in described["kwargs"].items()}
+
+
+def export(network: str, onnx: Path, data: str, weights: Path | None) -> str:
+    """Writes a network as ONNX."""
+    model = sources.network(network).eval()
+    if weights is not None:
+        sources.load_weights(model, weights)
+    told = exporting.onnx(model, onnx, example_inputs=sources.task(data).inputs())
+    return f"{onnx}: {onnx.stat().st_size} bytes, " + ", ".join(
+        f"{k} {v}" for k, v in asdict(told).items() if k != "path"
+    )
+
+
+def bench(directory: Path, *, threads: int, batches: Sequence[int], seconds: float) -> list[dict[str, Any]]:
+    """Times a result against its original again."""
+    import tempfile
+
+    report = read_report(directory)
+    built = rebuilt(directory, report)
+    if built is None:
+        raise BadData(f"{directory} was not made from the command line: time it with featherweight.figures.latency")
+    original, result, task = built
+    inputs = task.inputs()
+    with tempfile.TemporaryDirectory() as folder:
+        files: dict[str, Path] = {}
+        if report["onnx"]["written"]:
+            files = {"original": Path(folder) / "original.onnx", "result": directory / "model.onnx"}
+            exporting.onnx(original, files["original"], example_inputs=inputs)
+        rows = figures.latency(original, result, inputs, files, batches=batches, threads=threads, seconds=seconds)
+    return [asdict(row) for row in rows]
+
+
+# --- showing ----------------------------------------------------------------------------------------------------------
+
+
+def show_ledger(report: Mapping[str, Any], out: Path) -> None:
+    """The ledger of a run: one row a stage, then original against result."""
+    table = Table(title="ledger", title_justify="left")
+    for column in ("method", "metric (valid)", "drop pt", "params", "non-zeros", "MACs", "bytes", "seconds"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for stage in report["stages"]:
+        name = stage["method"] + (" (rolled back)" if stage["rolled_back"] else "")
+        cells = [f"{stage['metric']:.4f}", f"{stage['drop']:+.2f}"]
+        cells += [told(stage.get(key)) for key in ("params", "nonzeros", "macs", "size")]
+        table.add_row(name, *cells, f"{stage['seconds']:.1f}")
+    console.print(table)
+    before, after = report["original"], report["result"]
+    name, split = before["metric_detail"]["name"], report["split"]
+    console.print(f"{name} on {split}: {before['metric']:.4f} -> {after['metric']:.4f}" + _interval(report["drop"]))
+    console.print(f"bytes: {before['bytes']:,} -> {after['bytes']:,} ({before['bytes'] / after['bytes']:.1f}x smaller)")
+    if before["macs"]:
+        console.print(
+            f"MACs: {before['macs']:,} -> {after['macs']:,}; params: {before['params']:,} -> {after['params']:,}"
+        )
+    for row in report.get("latency", []):
+        if row["name"] == "result":
+            where = f"{row['runtime']}, batch {row['batch']}, {row['threads']} thread"
+            console.print(f"latency in {where}: {row['median']:.3f} ms, {row['ratio']:.2f}x of the original")
+    if not report["onnx"]["written"]:
+        console.print(f"no ONNX file: {report['onnx']['why']}")
+    console.print(
+        f"written to {out}: model.fw, model.onnx, report.json" if report["onnx"]["written"] else f"written to {out}"
+    )
+
+
+def _interval(dropped: Mapping[str, Any]) -> str:
+    if dropped["paired_interval"] is None:
+        return ""
+    low, high = dropped["paired_interval"]
+    resolved = "" if low > 0 or high < 0 else ", not resolved by these samples"
+    return f", drop {dropped['points']:+.2f} pt (paired 95 %: {low:+.2f} .. {high:+.2f}{resolved})"
+
+
+def told(value: float | None) -> str:
+    """A count with thousands separated, or a dash."""
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def methods(name: str | None, family: str | None) -> list[dict[str, Any]]:
+    """The rows of `featherweight methods`."""
+    if name is not None:
+        return [catalogue.entry(name).facts()]
+    families = sorted({e.family for e in catalogue.entries().values()})
+    if family is not None and family not in families:
+        raise unknown("family", family, families)
+    return [entry.facts() for entry in catalogue.entries(family=family).values()]
+
+
+def show_methods(rows: list[dict[str, Any]]) -> None:
+    table = Table()
+    for column in ("id", "family", "kind", "needs", "shrinks", "what it does"):
+        table.add_column(column, no_wrap=column == "id")
+    for row in rows:
+        facts = [", ".join(row[key]) or "-" for key in ("needs", "shrinks")]
+        table.add_row(row["id"], row["family"], row["kind"], *facts, row["summary"])
+    console.print(table)
+
+
+def show_method(row: dict[str, Any]) -> None:
+    console.print(f"[bold]{row['id']}[/bold] ({row['family']} {row['kind']}): {row['summary']}", highlight=False)
+    console.print(f"paper: {row['paper']}", highlight=False)
+    console.print(
+        f"needs: {', '.join(row['needs']) or 'nothing'}; makes smaller: {', '.join(row['shrinks']) or 'nothing'}"
+    )
+    if row["aliases"]:
+        console.print(f"aliases: {', '.join(row['aliases'])}")
+    table = Table()
+    for column in ("option", "default", "meaning"):
+        table.add_column(column)
+    for option in row["options"]:
+        table.add_row(option["name"], str(option["default"]), option["meaning"])
+    console.print(table)
+
+
+def show_file(found: dict[str, Any]) -> None:
+    """Where every byte of a file goes."""
+    rows = found["tensors"]
+    table = Table()
+    columns = list(rows[0]) if rows else []
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*[f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()])
+    console.print(table)
+    for key, value in found.items():
+        if key != "tensors":
+            console.print(f"{key}: {value}", highlight=False)
+
+
+def show_latency(rows: list[dict[str, Any]]) -> None:
+    table = Table()
+    for column in rows[0]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()])
+    console.print(table)

@@ -1,0 +1,210 @@
+"""The ledger's figures, measured on the artefact itself: cost, bytes, latency, and the test of a difference."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from featherweight.coding import SaveReport, save
+from featherweight.core.cost import Cost, cost
+from featherweight.core.progress import track
+from featherweight.core.task import Score, as_call, eval_mode
+from featherweight.errors import BadData
+from featherweight.export import session
+
+# A tensor at a fixed width, at its order-0 entropy (both with tables and scales), and as coded.
+BYTES = ("packed_bytes", "entropy_bytes", "coded_bytes")
+
+Call = Callable[[], Any]
+
+
+def measure(model: nn.Module, example_inputs: Any, *, coder: str | None = None) -> dict[str, Any]:
+    """Params, non-zeros, MACs (of one sample) and bytes of a model, in total and per layer. The model is not changed.
+
+    Bytes are given as fp32 (4 a parameter), packed (fixed-length codes and their tables) and coded (the size of the
+    file, by `os.stat` of one that was written to a temporary folder), beside the order-0 entropy of the symbols.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        saved = save(model, Path(folder) / "model.fw", coder=coder)
+        return figures_of(model, example_inputs, saved)
+
+
+def figures_of(model: nn.Module, example_inputs: Any, saved: SaveReport) -> dict[str, Any]:
+    """The figures of `measure`, from the report of a file that was already saved."""
+    counted = cost(model, example_inputs)
+    layers = rows(model, counted)
+    for tensor in saved.tensors:
+        place = layers.setdefault(tensor.name.rpartition(".")[0], {"params": 0, "nonzeros": 0, "macs": 0, "type": ""})
+        for key in BYTES:
+            place[key] = place.get(key, 0) + math.ceil(getattr(tensor, key))
+    return {
+        "params": counted.params,
+        "nonzeros": counted.nonzeros,
+        "macs": counted.macs,
+        "macs_note": counted.note,
+        "bytes": {
+            "fp32": 4 * counted.params,
+            "packed": sum(math.ceil(t.packed_bytes) for t in saved.tensors),
+            "entropy": sum(math.ceil(t.entropy_bytes) for t in saved.tensors),
+            "coded": saved.bytes,
+            "weights": saved.weights_bytes,
+            "structure": saved.structure_bytes,
+        },
+        "layers": [{"path": path, **row} for path, row in layers.items()],
+    }
+
+
+def rows(model: nn.Module, counted: Cost) -> dict[str, dict[str, Any]]:
+    """Cost by module path, with the type of each module."""
+    kinds = {path: type(module).__name__ for path, module in model.named_modules()}
+    return {
+        path: {**asdict(row), "fp32_bytes": 4 * row.params, "type": kinds.get(path, "")}
+        for path, row in counted.layers.items()
+    }
+
+
+# --- latency ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Times of one call, in milliseconds, and the median ratio to the first of the calls that ran beside it."""
+
+    name: str
+    runtime: str
+    batch: int
+    threads: int
+    runs: int
+    median: float
+    p99: float
+    ratio: float
+
+
+def interleaved(calls: Mapping[str, Call], *, seconds: float = 2.0, warmup: int = 5, least: int = 30) -> dict[str, Any]:
+    """Times several calls in turn, A B A B ..., so that a machine whose speed drifts does not favour one of them.
+
+    Returns, per name, an array of times in milliseconds; all have the same length (at least `least` rounds).
+    """
+    for _ in range(warmup):
+        for call in calls.values():
+            call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < least:
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: np.array(values) for name, values in times.items()}
+
+
+def compare(
+    calls: Mapping[str, Call], *, runtime: str, batch: int, threads: int, seconds: float = 2.0
+) -> list[Latency]:
+    """`interleaved` as rows: median, p99, and the median of the per-round ratios to the first call."""
+    times = interleaved(calls, seconds=seconds)
+    first = next(iter(times.values()))
+    return [
+        Latency(
+            name,
+            runtime,
+            batch,
+            threads,
+            len(values),
+            float(np.median(values)),
+            float(np.percentile(values, 99)),
+            float(np.median(values / first)),
+        )
+        for name, values in times.items()
+    ]
+
+
+def latency(
+    original: nn.Module,
+    result: nn.Module,
+    example_inputs: Any,
+    onnx: Mapping[str, str | Path],
+    *,
+    batches: Sequence[int] = (1, 64),
+    threads: int = 1,
+    seconds: float = 2.0,
+    runtimes: Sequence[str] = ("torch", "onnxruntime"),
+) -> list[Latency]:
+    """Original and result side by side in PyTorch and, from the given files, in ONNX Runtime, a row each.
+
+    Args:
+        onnx: {"original": path, "result": path}; empty to leave ONNX Runtime out.
+        batches: batch sizes.
+        threads: threads of either runtime.
+        seconds: time per pair.
+        runtimes: which of the two to time.
+    """
+    sessions = {name: session(path, threads=threads) for name, path in onnx.items()}
+    found: list[Latency] = []
+    with threads_of_torch(threads), eval_mode(original), eval_mode(result):
+        for batch in track(list(batches), "latency", len(batches)):
+            args, kwargs = batched(example_inputs, batch)
+            modules = {"original": _bind(original, args, kwargs), "result": _bind(result, args, kwargs)}
+            files = {name: _bind(run, args, kwargs) for name, run in sessions.items()}
+            for runtime, calls in (("torch", modules), ("onnxruntime", files)):
+                if calls and runtime in runtimes:
+                    found += compare(calls, runtime=runtime, batch=batch, threads=threads, seconds=seconds)
+    return found
+
+
+def _bind(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    return lambda: call(*args, **kwargs)
+
+
+@contextmanager
+def threads_of_torch(threads: int) -> Any:
+    """Sets the number of PyTorch's threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def batched(example_inputs: Any, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example inputs as a call with `batch` samples, repeating those that are there."""
+    args, kwargs = as_call(example_inputs)
+    return tuple(_repeat(a, batch) for a in args), {k: _repeat(v, batch) for k, v in kwargs.items()}
+
+
+def _repeat(value: Any, batch: int) -> Any:
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    if len(value) == 0:
+        raise BadData("the example inputs are an empty batch: at least one sample is needed")
+    times = (batch + len(value) - 1) // len(value)
+    return value.repeat(times, *[1] * (value.dim() - 1))[:batch].contiguous()
+
+
+# --- is a difference real? --------------------------------------------------------------------------------------------
+
+
+def paired_test(before: Score, after: Score) -> dict[str, Any] | None:
+    """McNemar's exact test on the samples that both models saw, for metrics that are right or wrong per sample.
+
+    Returns how many samples only one of the two had right and the two-sided p-value; None where it does not apply.
+    """
+    from scipy.stats import binomtest
+
+    if before.k is None or after.k is None or before.per_sample is None or after.per_sample is None:
+        return None
+    lost = int(((before.per_sample == 1) & (after.per_sample == 0)).sum())
+    won = int(((before.per_sample == 0) & (after.per_sample == 1)).sum())
+    p = binomtest(lost, lost + won).pvalue if lost + won else 1.0
+    return {"test": "McNemar, exact", "lost": lost, "won": won, "p": float(p)}

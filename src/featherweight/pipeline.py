@@ -1,0 +1,546 @@
+"""`compress`: methods in order, measured after each, until the budget holds; rolled back where the guard breaks."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import platform
+import random
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from featherweight import budget, catalogue, export
+from featherweight.catalogue import Entry
+from featherweight.checkpoint import Checkpoints
+from featherweight.coding import load, save
+from featherweight.core import ledger, progress
+from featherweight.core.cost import cost
+from featherweight.core.forms import bake
+from featherweight.core.task import Score, Task, check_needs, drop, evaluate, first, paired_drop, run
+from featherweight.errors import BadData, BadOption, CompressionError, FeatherweightError
+from featherweight.figures import figures_of, latency, paired_test, rows
+
+Step = str | tuple[str, Mapping[str, Any]] | Callable[..., nn.Module]
+
+LATENCY_SECONDS = 2.0  # for each pair that is timed
+
+# The (earlier, later) effects where the later method would lose what the earlier one achieved. Other orders keep it:
+# masks and codebooks stay attached while a later method trains, zeros are masked again after channels were removed.
+LOSES: dict[tuple[str, str], str] = {
+    ("weights", "factors"): "factors of a sparse weight are dense",
+    ("bits", "channels"): "training for the removal moves the weights off their grid",
+    ("bits", "factors"): "factors of a quantized weight are not quantized",
+    ("bits", "bits"): "the second grid replaces the first",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `compress` hands back: the smaller network, baked, and a report in which every figure was measured."""
+
+    model: nn.Module
+    report: dict[str, Any] = field(repr=False)
+    example_inputs: Any = field(repr=False)
+
+    @property
+    def reached(self) -> bool:
+        """Whether the budget holds (True without one)."""
+        return bool(self.report["budget"]["reached"])
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Writes model.fw, model.onnx (where the model can be exported) and report.json into a folder."""
+        return write(Path(directory), self.model, self.report, self.example_inputs)
+
+
+def compress(
+    model: nn.Module,
+    task: Task,
+    method: Step | Sequence[Step],
+    *,
+    until: str | None = None,
+    guard: str | None = None,
+    out: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    strict: bool = False,
+    measure: bool = True,
+    onnx: bool = True,
+    student: nn.Module | None = None,
+    show: bool = False,
+    **options: Any,
+) -> Result:
+    """Chains methods until the budget holds and measures the result. The caller's model is never changed.
+
+    Args:
+        model: the trained network; it is also the teacher of methods that want one, unless the task names another.
+        task: data, loss and metric.
+        method: an id of the catalogue with `options`, a function `(model, task, **options) -> model`, or a chain of
+            ids, `(id, options)` pairs and functions.
+        until: stop as soon as this holds, such as "size<=0.1x, latency<=5ms"; the whole chain runs without it.
+        guard: roll a method back that breaks this, such as "drop<=0.5pt" (points of the metric on `task.valid`).
+        out: folder for model.fw, model.onnx, report.json and the checkpoints of finished methods.
+        seed: every method starts from a seed made of this and its place in the chain.
+        resume: go on from the last finished method of the same run in `out`.
+        strict: the guard must hold at the upper end of the 95 % interval of the drop, not only at the point estimate.
+        measure: also count cost and bytes and time latency; without it only the metric is measured.
+        onnx: also write and check the ONNX file.
+        student: the network that gets smaller or is trained in place of the model, which is then only the teacher.
+        show: show progress on standard error.
+
+    Raises:
+        FeatherweightError: anything that is wrong with the call, in one sentence; nothing has been written then.
+    """
+    chain = _chain(method, options)
+    limits, guards = budget.parse(until), budget.parse(guard)
+    _check(model if student is None else student, task, chain)
+    with progress.showing(show):
+        session = _Session(
+            model,
+            task,
+            chain,
+            limits=limits,
+            guards=guards,
+            seed=seed,
+            strict=strict,
+            measure=measure,
+            write_onnx=onnx,
+            student=student,
+        )
+        return session.run(Path(out) if out is not None else None, resume)
+
+
+def _chain(method: Any, options: Mapping[str, Any]) -> list[tuple[Entry, dict[str, Any]]]:
+    """The chain as (entry, options), every name and option checked."""
+    several = isinstance(method, list) or (isinstance(method, tuple) and not _is_pair(method))
+    if several and options:
+        raise BadOption(f"options {sorted(options)} beside a chain: put them into its (id, options) pairs")
+    steps = list(method) if several else [(method, options)] if not _is_pair(method) else [method]
+    if not steps:
+        raise BadOption("the chain is empty: name at least one method, such as 'magnitude_iterative'")
+    chain = []
+    for step in steps:
+        name, given = step if isinstance(step, tuple) else (step, {})
+        entry = _entry(name)
+        catalogue.check_options(entry, given)
+        chain.append((entry, dict(given)))
+    for later, (entry, _) in enumerate(chain):
+        for earlier, _ in chain[:later]:
+            for (had, gets), why in LOSES.items():
+                if had in earlier.shrinks and gets in entry.shrinks:
+                    cure = "choose one of them" if had == gets else "put it first"
+                    raise BadOption(f"{entry.id} after {earlier.id} would lose what that achieved ({why}): {cure}")
+    return chain
+
+
+def _is_pair(method: Any) -> bool:
+    return isinstance(method, tuple) and len(method) == 2 and isinstance(method[1], Mapping)
+
+
+def _entry(name: Any) -> Entry:
+    if isinstance(name, Entry):
+        return name
+    if callable(name) and not hasattr(name, "__entry__"):
+        return Entry(id=name.__name__, family="user", paper="", function=name)
+    return name.__entry__ if callable(name) else catalogue.entry(str(name), kind="method")
+
+
+def _check(model: nn.Module, task: Task, chain: list[tuple[Entry, dict[str, Any]]]) -> None:
+    """Everything that can be refused before any work is done."""
+    if not isinstance(model, nn.Module):
+        raise BadOption(f"the model is a {type(model).__name__}: pass a torch.nn.Module")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise BadData(f"{name} holds NaN or infinite values: train or load the model again before compressing it")
+    for entry, _ in chain:
+        # the original stands in for a teacher, so that need is always met in a chain
+        check_needs(entry.needs - {"teacher"}, task, entry.id)
+    batch = first(task.valid, "validation")
+    try:
+        with torch.no_grad():
+            run(copy.deepcopy(model).eval(), task, batch)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        shapes = [tuple(v.shape) for v in _tensors(batch)]
+        reason = str(error).split("\n")[0]
+        raise BadData(f"the model does not run on a validation batch of shapes {shapes}: {reason}") from error
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    items = value.values() if hasattr(value, "values") else value if isinstance(value, (tuple, list)) else ()
+    return [tensor for item in items for tensor in _tensors(item)]
+
+
+@dataclass
+class _State:
+    """What a run has reached: the current model with its forms, and the records of the stages so far."""
+
+    model: nn.Module
+    stages: list[dict[str, Any]]
+    done: bool = False
+
+    @property
+    def accepted(self) -> dict[str, Any] | None:
+        """The record of the last stage that was not rolled back."""
+        return next((stage for stage in reversed(self.stages) if not stage["rolled_back"]), None)
+
+
+class _Session:
+    """One call of `compress`: what does not change while it runs, and its steps."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        chain: list[tuple[Entry, dict[str, Any]]],
+        *,
+        limits: tuple[budget.Limit, ...],
+        guards: tuple[budget.Limit, ...],
+        seed: int,
+        strict: bool,
+        measure: bool,
+        write_onnx: bool,
+        student: nn.Module | None,
+    ) -> None:
+        self.original = copy.deepcopy(model).eval().requires_grad_(False)
+        self.template = copy.deepcopy(model if student is None else student).eval()
+        self.task = task if task.teacher is not None else replace(task, teacher=self.original)
+        self.chain, self.limits, self.guards = chain, limits, guards
+        self.seed, self.strict, self.measure, self.write_onnx = seed, strict, measure, write_onnx
+        self.inputs = task.inputs()
+        self.coder = next((entry.coder for entry, _ in reversed(chain) if entry.coder), None)
+
+    def run(self, out: Path | None, resume: bool) -> Result:
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as scratch:
+            self.scratch = Path(scratch)
+            folder = self.scratch if out is None else prepare(out)
+            checkpoints = Checkpoints(None if out is None else folder / "stages", self.key)
+            progress.say("measuring the original")
+            self.before = evaluate(self.original, self.task, "valid", "evaluate the original")
+            self.base = self._figures(self.original, raw_bytes(self.original))
+            state = self._resumed(checkpoints, resume)
+            nearest = state
+            while len(state.stages) < len(self.chain) and not state.done:
+                state = self._stage(state, len(state.stages), folder / "model.fw")
+                checkpoints.store(len(state.stages) - 1, state.model, {"stages": state.stages, "done": state.done})
+                nearest = min(state, nearest, key=self._excess)
+            final = replace(nearest, stages=state.stages) if self.limits else state
+            return self._finish(final, nearest.accepted if self.limits else state.accepted, folder, started)
+
+    # --- one stage ----------------------------------------------------------------------------------------------------
+
+    def _stage(self, state: _State, index: int, file: Path) -> _State:
+        """Runs the method at place `index` on a copy; `file` holds the last that was kept, replaced by this one."""
+        entry, options = self.chain[index]
+        progress.say(f"[{index + 1}/{len(self.chain)}] {entry.id} {_named(options)}".rstrip())
+        started = time.perf_counter()
+        seed_everything(self.seed, index)
+        candidate = copy.deepcopy(state.model)
+        before = fingerprint(candidate)
+        with ledger.recording() as remarks:
+            candidate = entry(candidate, self.task, **options)
+            if not isinstance(candidate, nn.Module):
+                raise CompressionError(f"{entry.id} returned a {type(candidate).__name__}: a method returns the model")
+            candidate.eval()
+            if fingerprint(candidate) == before:
+                skipped = "; ".join(f"{p}: {why}" for p, why in list(remarks.skipped.items())[:3])
+                raise CompressionError(f"{entry.id} changed nothing" + (f" ({skipped})" if skipped else ""))
+            seconds = time.perf_counter() - started
+            baked = bake(copy.deepcopy(candidate))
+            after = evaluate(baked, self.task, "valid", f"evaluate {entry.id}")
+            fresh = file.with_name(".tmp-candidate.fw")
+            reached = self._figures(baked, save(baked, fresh, example_inputs=self.inputs, coder=self.coder).bytes)
+        reached["drop"] = 100 * drop(self.before, after)
+        record = {
+            "method": entry.id,
+            "options": {key: catalogue.plain(value) for key, value in options.items()},
+            "seconds": seconds,
+            "metric": after.value,
+            "metric_told": str(after),
+            "paired_interval": _percent(paired_drop(self.before, after)),
+            **reached,
+            "skipped": remarks.skipped,
+            "notes": remarks.notes,
+            "rolled_back": False,
+        }
+        broken = self._broken(reached, after)
+        if broken:
+            progress.say(f"    rolled back: {broken}")
+            fresh.unlink()
+            record |= {"rolled_back": True, "why": broken}
+            return _State(state.model, [*state.stages, record])
+        fresh.replace(file)
+        done = bool(self.limits) and all(limit.holds(reached, self.base) for limit in self.limits)
+        told = ", ".join(limit.told(reached, self.base) for limit in self.limits)
+        progress.say(f"    {after}" + (f"; {told}" if told else ""))
+        return _State(candidate, [*state.stages, record], done)
+
+    def _broken(self, reached: Mapping[str, float], after: Score) -> str:
+        """Which guard does not hold, or an empty string."""
+        figures = dict(reached)
+        interval = paired_drop(self.before, after)
+        if self.strict and interval is not None:
+            figures["drop"] = 100 * interval[1]
+        return ", ".join(g.told(figures, self.base) for g in self.guards if not g.holds(figures, self.base))
+
+    def _excess(self, state: _State) -> float:
+        """How far a state is from the budget: what was reached divided by what is allowed, of the limit that binds."""
+        if state.accepted is None:
+            return float("inf")
+        return max((limit.excess(state.accepted, self.base) for limit in self.limits), default=0.0)
+
+    def _figures(self, model: nn.Module, size: int) -> dict[str, float]:
+        """The figures that budgets are about, as far as they are wanted; `size` in bytes, as measured on the file."""
+        wanted = {limit.quantity for limit in (*self.limits, *self.guards)}
+        found: dict[str, float] = {"size": size}
+        if self.measure or wanted & {"params", "macs", "nonzeros"}:
+            counted = cost(model, self.inputs)
+            found |= {"params": counted.params, "nonzeros": counted.nonzeros, "macs": counted.macs}
+        if "latency" in wanted:
+            found["latency"] = self._latency(model)
+        return found
+
+    def _latency(self, model: nn.Module) -> float:
+        """Milliseconds in ONNX Runtime, batch 1, one thread: the original's, times the ratio measured beside it."""
+        reference, result = self.scratch / "original.onnx", self.scratch / "candidate.onnx"
+        if not reference.exists():
+            export.onnx(self.original, reference, example_inputs=self.inputs)
+        export.onnx(model, result, example_inputs=self.inputs)
+        files = {"original": reference, "result": result}
+        before, after = latency(
+            self.original, model, self.inputs, files, batches=(1,), runtimes=("onnxruntime",), seconds=LATENCY_SECONDS
+        )
+        return self.base["latency"] * after.ratio if hasattr(self, "base") else before.median
+
+    # --- resume -------------------------------------------------------------------------------------------------------
+
+    def key(self, index: int) -> str:
+        """What the state after stage `index` depends on: weights, data, seed, guard and the chain up to there."""
+        if not hasattr(self, "source"):
+            self.source = digest(self.template)
+            batch = [t.detach().cpu().contiguous().numpy().tobytes() for t in _tensors(first(self.task.valid, "valid"))]
+            self.data = hashlib.sha256(b"".join(batch)).hexdigest()
+        chain = [[e.id, {k: catalogue.plain(v) for k, v in o.items()}] for e, o in self.chain[: index + 1]]
+        limits = [g.text for g in self.guards], [limit.text for limit in self.limits]
+        parts = [self.source, digest(self.original), self.data, self.seed, self.strict, limits, chain, versions()]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _resumed(self, checkpoints: Checkpoints, resume: bool) -> _State:
+        found = checkpoints.latest(len(self.chain), lambda: copy.deepcopy(self.template)) if resume else None
+        if found is None:
+            checkpoints.clear()
+            return _State(copy.deepcopy(self.template), [])
+        index, model, record = found
+        progress.say(f"resuming after {index + 1} of {len(self.chain)} methods")
+        return _State(model, record["stages"], record["done"])
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def _finish(self, state: _State, accepted: dict[str, Any] | None, folder: Path, started: float) -> Result:
+        """Writes the files, reads them back, measures what was read, and reports it."""
+        final = bake(copy.deepcopy(state.model)).eval()
+        split = "test" if self.task.test is not None else "valid"
+        report = self._header(state, accepted, split)
+        valid = self.before.value if accepted is None else accepted["metric"]
+        report["valid"] = valid
+        provenance = {key: report[key] for key in ("featherweight", "source", "chain", "seed")}
+        provenance["metric"] = {"name": self.task.metric.name, "valid": valid}
+        saved = save(final, folder / "model.fw", example_inputs=self.inputs, coder=self.coder, provenance=provenance)
+        reloaded = load(folder / "model.fw", into=copy.deepcopy(self.template)).eval()
+        original = evaluate(self.original, self.task, split, "test the original")
+        result = evaluate(reloaded, self.task, split, "test the file")
+        report["original"] = {**_told(original), "bytes": raw_bytes(self.original)}
+        report["result"] = {**_told(result), "bytes": saved.bytes}
+        report["drop"] = {
+            "points": 100 * drop(original, result),
+            "paired_interval": _percent(paired_drop(original, result)),
+            "paired_test": paired_test(original, result),
+        }
+        files = self._exported(report, final, folder / "model.onnx", valid)
+        if self.measure:
+            self._measured(report, final, saved, files)
+        report["seconds"] = time.perf_counter() - started
+        write_json(folder / "report.json", report)
+        return Result(final, report, self.inputs)
+
+    def _header(self, state: _State, accepted: dict[str, Any] | None, split: str) -> dict[str, Any]:
+        """What the report says about the run as a whole."""
+        missed = [limit for limit in self.limits if accepted is None or not limit.holds(accepted, self.base)]
+        binds = [limit.told(accepted, self.base) for limit in missed] if accepted else ["every method was rolled back"]
+        return {
+            "featherweight": version("featherweight"),
+            "source": {"sha256": digest(self.template), "model": type(self.template).__name__},
+            "chain": [[e.id, {k: catalogue.plain(v) for k, v in o.items()}] for e, o in self.chain],
+            "seed": self.seed,
+            "split": split,
+            "budget": {
+                "until": [limit.text for limit in self.limits],
+                "guard": [g.text for g in self.guards],
+                "strict": self.strict,
+                "reached": not missed,
+                "binds": binds if missed else [],
+            },
+            "coder": self.coder,
+            "stages": state.stages,
+            "layers": [],
+            "environment": environment(),
+        }
+
+    def _measured(self, report: dict[str, Any], final: nn.Module, saved: Any, files: dict[str, Path]) -> None:
+        after, before = figures_of(final, self.inputs, saved), cost(self.original, self.inputs)
+        report["original"] |= {"params": before.params, "macs": before.macs, "nonzeros": before.nonzeros}
+        report["result"] |= {k: after[k] for k in ("params", "macs", "nonzeros")} | {
+            "size": after["bytes"],
+            "macs_note": after["macs_note"],
+        }
+        was = rows(self.original, before)
+        reasons = {path: why for stage in report["stages"] for path, why in stage["skipped"].items()}
+        report["layers"] = [
+            {**row, "original": was.get(row["path"]), "left_alone": reasons.get(row["path"])} for row in after["layers"]
+        ]
+        timed = latency(self.original, final, self.inputs, files, seconds=LATENCY_SECONDS)
+        report["latency"] = [asdict(row) for row in timed]
+        runtime = "onnxruntime" if files else "torch"
+        for row in timed:
+            if row.batch == 1 and row.runtime == runtime:
+                report[row.name] |= {"latency": row.median, "latency_runtime": runtime}
+
+    def _exported(self, report: dict[str, Any], final: nn.Module, path: Path, valid: float) -> dict[str, Path]:
+        """Writes model.onnx and measures the metric on it; a model that cannot be exported is told so in the report."""
+        if not self.write_onnx:
+            report["onnx"] = {"written": False, "why": "not asked for"}
+            return {}
+        try:
+            told = export.onnx(final, path, example_inputs=self.inputs)
+            reference = self.scratch / "original.onnx"
+            export.onnx(self.original, reference, example_inputs=self.inputs)
+        except FeatherweightError as error:
+            progress.say(f"no ONNX file: {error}")
+            report["onnx"] = {"written": False, "why": str(error)}
+            return {}
+        score = evaluate(export.session(path), self.task, "valid", "evaluate the ONNX file")
+        report["onnx"] = {
+            "written": True,
+            **{k: v for k, v in asdict(told).items() if k != "path"},
+            "metric_valid": score.value,
+            "metric_valid_of_the_module": valid,
+        }
+        return {"original": reference, "result": path}
+
+
+def _told(score: Score) -> dict[str, Any]:
+    detail = {k: v for k, v in vars(score).items() if k not in ("per_sample", "value")}
+    return {"metric": score.value, "metric_detail": detail, "params": None, "macs": None, "latency": None}
+
+
+def _percent(interval: tuple[float, float] | None) -> list[float] | None:
+    return None if interval is None else [100 * interval[0], 100 * interval[1]]
+
+
+def _named(options: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={catalogue.plain(value)}" for key, value in options.items())
+
+
+# --- small facts ------------------------------------------------------------------------------------------------------
+
+
+def seed_everything(seed: int, index: int) -> None:
+    """Seeds Python, NumPy and PyTorch for the method at place `index`, so that resuming there repeats it."""
+    mixed = int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:4], "little")
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and bytes of a model's state."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a model's state and of the kinds of its modules: unchanged if and only if a method touched nothing."""
+    kinds = " ".join(f"{path}:{type(module).__name__}" for path, module in model.named_modules())
+    return hashlib.sha256((kinds + digest(model)).encode()).hexdigest()
+
+
+def raw_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers as they are, each tied tensor once."""
+    held = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in held.values())
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    return {name: version(name) for name in ("featherweight", "torch", "numpy", "onnx", "onnxruntime", "constriction")}
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor and threads, for the report."""
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def prepare(out: Path) -> Path:
+    """Makes the output folder, finds out now whether it can be written, and returns it.
+
+    Raises:
+        BadData: it cannot.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for left in out.glob(".tmp-*"):
+            left.unlink()
+        probe = out / ".tmp-probe"
+        probe.write_bytes(b"\0" * 4096)
+        probe.unlink()
+        return out
+    except OSError as error:
+        raise BadData(f"the output folder {out} cannot be written ({error.strerror}): choose another") from None
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes JSON through a temporary file, so that a reader never sees half of it."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        temporary.write_text(json.dumps(data, indent=1, default=float) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise BadData(
+            f"{path} cannot be written ({error.strerror}): free some space or choose another folder"
+        ) from None
+
+
+def write(out: Path, model: nn.Module, report: dict[str, Any], example_inputs: Any) -> Path:
+    """Writes the three files of a result into a folder."""
+    prepare(out)
+    provenance = {key: report[key] for key in ("featherweight", "source", "chain", "seed")}
+    provenance["metric"] = {"name": report["result"]["metric_detail"]["name"], "valid": report["valid"]}
+    save(model, out / "model.fw", example_inputs=example_inputs, coder=report["coder"], provenance=provenance)
+    if report.get("onnx", {}).get("written"):
+        export.onnx(model, out / "model.onnx", example_inputs=example_inputs)
+    write_json(out / "report.json", report)
+    return out

@@ -1,0 +1,172 @@
+"""What every method must keep, whatever it does; `test_contract.py` runs each check on each id of the catalogue."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import featherweight as fw
+from conftest import small_cnn, small_task
+from featherweight.catalogue import Entry
+from featherweight.core.forms import bake
+from featherweight.core.task import Task
+from featherweight.errors import MissingNeed
+from featherweight.pipeline import seed_everything
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One run of a method at its small settings, on disk."""
+
+    entry: Entry
+    original: nn.Module
+    task: Task
+    result: fw.Result
+    folder: Path
+
+    def again(self, out: Path) -> fw.Result:
+        return fw.compress(self.original, self.task, self.entry.id, out=out, **self.entry.small)
+
+
+def trained() -> tuple[nn.Module, Task]:
+    torch.manual_seed(0)
+    model, task = small_cnn(), small_task()
+    return fw.fit(model, task, epochs=6, lr=0.01).eval(), task
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def check_declares_what_it_is(ran: Ran) -> None:
+    assert ran.entry.paper
+    assert ran.entry.doc
+    assert ran.entry.small, "small settings make the contract fast"
+    assert ran.entry.shrinks <= {"weights", "bits", "channels", "factors"}
+    assert ran.entry.needs <= {"labels", "train", "calibration", "teacher"}
+    json.dumps(ran.entry.facts())
+    assert all(option.meaning for option in ran.entry.options()), "every option has a meaning in the docstring"
+
+
+def check_says_what_departs_from_the_paper(ran: Ran) -> None:
+    import importlib
+    import inspect
+
+    source = inspect.getdoc(ran.entry.function) or ""
+    source += inspect.getdoc(importlib.import_module(ran.entry.module)) or ""
+    source += inspect.getsource(importlib.import_module(ran.entry.module))
+    assert "Departs from the paper" in source
+
+
+def check_leaves_the_callers_model_alone(ran: Ran) -> None:
+    model = copy.deepcopy(ran.original)
+    before, names = state(model), [name for name, _ in model.named_modules()]
+    seed_everything(0, 0)
+    fw.compress(model, ran.task, ran.entry.id, measure=False, onnx=False, **ran.entry.small)
+    assert same(before, state(model))
+    assert names == [name for name, _ in model.named_modules()]
+
+
+def check_hands_back_an_ordinary_module(ran: Ran) -> None:
+    assert not any(parametrize.is_parametrized(m) for m in ran.result.model.modules())
+    assert not ran.result.model.training
+    assert torch.isfinite(ran.result.model(*ran.task.inputs()[0])).all()
+
+
+def check_bake_changes_no_output(ran: Ran) -> None:
+    seed_everything(0, 0)
+    task = replace(ran.task, teacher=ran.original)
+    soft = ran.entry(copy.deepcopy(ran.original), task, **ran.entry.small).eval()
+    x = ran.task.inputs()[0]
+    with torch.no_grad():
+        before = soft(*x)
+        plain = bake(copy.deepcopy(soft))
+        assert torch.equal(plain(*x), before)
+        assert torch.equal(soft(*x), before), "baking a copy must leave the original working"
+
+
+def check_file_is_exact(ran: Ran) -> None:
+    file = ran.folder / "model.fw"
+    unpacked = fw.unpack(file)
+    held = ran.result.model.state_dict()
+    for name, tensor in unpacked.items():
+        assert torch.equal(tensor, held[name]), name
+    assert ran.result.report["result"]["bytes"] == file.stat().st_size
+    loaded = fw.load(file, into=copy.deepcopy(ran.original)).eval()
+    x = ran.task.inputs()[0]
+    with torch.no_grad():
+        assert torch.equal(loaded(*x), ran.result.model(*x))
+
+
+def check_bare_file_is_exact(ran: Ran) -> None:
+    file = ran.folder / "bare.fw"
+    fw.save(ran.result.model, file, bare=True)
+    assert file.stat().st_size < (ran.folder / "model.fw").stat().st_size
+    loaded = fw.load(file, into=small_cnn()).eval()
+    x = ran.task.inputs()[0]
+    with torch.no_grad():
+        assert torch.equal(loaded(*x), ran.result.model(*x))
+
+
+def check_same_seed_same_bytes(ran: Ran) -> None:
+    ran.again(ran.folder / "again")
+    for name in ("model.fw", "model.onnx"):
+        assert (ran.folder / name).read_bytes() == (ran.folder / "again" / name).read_bytes(), name
+
+
+def check_onnx_equals_the_module(ran: Ran) -> None:
+    told = ran.result.report["onnx"]
+    assert told["written"], told
+    assert abs(told["metric_valid"] - told["metric_valid_of_the_module"]) <= 0.04
+
+
+def check_makes_smaller_what_it_says(ran: Ran) -> None:
+    before, after = ran.result.report["original"], ran.result.report["result"]
+    dense = ran.folder / "dense.fw"
+    fw.save(ran.original, dense)
+    if "weights" in ran.entry.shrinks:
+        assert after["nonzeros"] < before["nonzeros"]
+        assert after["bytes"] < dense.stat().st_size
+    if "bits" in ran.entry.shrinks:
+        assert after["bytes"] < 0.7 * dense.stat().st_size
+    if "channels" in ran.entry.shrinks:
+        assert after["macs"] < before["macs"]
+        assert after["params"] < before["params"]
+    if "factors" in ran.entry.shrinks:
+        assert after["macs"] < before["macs"]
+
+
+def check_report_is_whole(ran: Ran) -> None:
+    report = json.loads((ran.folder / "report.json").read_text())
+    for side in ("original", "result"):
+        assert {"metric", "bytes", "params", "macs", "latency"} <= report[side].keys()
+        assert 0 <= report[side]["metric"] <= 1
+        assert report[side]["latency"] > 0
+    assert [stage["method"] for stage in report["stages"]] == [ran.entry.id]
+    assert sum(row["macs"] for row in report["layers"]) == report["result"]["macs"]
+
+
+def check_refuses_a_task_without_its_needs(ran: Ran) -> None:
+    bare = Task(valid=ran.task.valid, example_inputs=ran.task.example_inputs)
+    if ran.entry.needs & {"train", "calibration"}:
+        with pytest.raises(MissingNeed, match=ran.entry.id):
+            fw.compress(ran.original, bare, ran.entry.id, **ran.entry.small)
+    else:
+        assert fw.compress(ran.original, bare, ran.entry.id, measure=False, **ran.entry.small).report
+
+
+def checks() -> Iterator[Callable[[Ran], None]]:
+    """Every check of this file."""
+    yield from (value for name, value in globals().items() if name.startswith("check_"))
