@@ -24,6 +24,7 @@ from featherweight.coding.streams import allowed
 from featherweight.coding.unpacking import Packed, allowance, read_tensor
 from featherweight.core.blueprint import activation_forms, structure
 from featherweight.core.forms import Codes, bake, codes_of, form_names
+from featherweight.core.ledger import note
 from featherweight.core.progress import track
 from featherweight.core.task import as_call
 from featherweight.errors import BadData, FeatherweightError, FormatError
@@ -92,6 +93,9 @@ def save(
     plain = baked(model)
     places = slots(plain)
     told, held = described(plain)
+    for path, module in plain.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            note(f"{path or 'the model'} keeps extra state that is no tensor: the file does not hold it")
     if not bare:
         told |= named(places)
         told["tool"] = f"featherweight {version('featherweight')}"

@@ -140,10 +140,8 @@ def _placed(place: Slot, tensor: Tensor, device: torch.device, taken: set[int]) 
 def _put(place: Slot, tensor: Tensor) -> None:
     if isinstance(tensor, nn.Parameter) != (place.leaf in place.module._parameters):
         raise FormatError(f"the file is corrupt: {place.name} is tied to a tensor of another kind")
-    if place.leaf in place.module._parameters:
-        place.module._parameters[place.leaf] = tensor  # type: ignore[assignment]
-    else:
-        place.module._buffers[place.leaf] = tensor
+    if getattr(place.module, place.leaf) is not tensor:
+        setattr(place.module, place.leaf, tensor)  # recurrent layers keep lists of their own, which this updates
 
 
 def _attach_forms(model: nn.Module, active: dict[str, Any], records: Sequence[Packed | int], first: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from featherweight.coding.bits import Ints, Reader, pack_fixed, unpack_fixed, varint
+from featherweight.coding.bits import Ints, Reader, entropy_bits, pack_fixed, unpack_fixed, varint
 from featherweight.coding.coders.huffman import huffman, huffman_decode, huffman_size
 from featherweight.coding.coders.range_coder import entropy_coder_size, range_coder, range_decode
 from featherweight.coding.coders.rans import rans, rans_decode
@@ -90,11 +90,10 @@ def pack_symbols(symbols: Ints, size: int, coders: tuple[int, ...] = ALLOWED[Non
     if size > WIDEST:
         coders = (FIXED,)
     counts = np.bincount(symbols, minlength=size) if size <= WIDEST else np.array([len(symbols)])
-    dense = _best(counts, size, coders)
     background = int(counts.argmax())
     if size > WIDEST or counts[background] * 4 < len(symbols):  # no layout but the dense one can win
         return _dense(symbols, size, coders)
-    options: list[tuple[float, int, int]] = [(dense, DENSE, 0)]
+    options: list[tuple[float, int, int]] = [(_best(counts, size, coders), DENSE, 0)]
     gaps = run_lengths(symbols, background)
     others = counts.copy()
     others[background] = 0
@@ -137,6 +136,8 @@ def _dense(symbols: Ints, size: int, coders: tuple[int, ...], background: int = 
     if size > WIDEST:
         return bytes([DENSE | FIXED << 2]) + _fixed_encode(symbols, size)
     counts = np.bincount(symbols, minlength=size)
+    if entropy_bits(counts) + size >= len(symbols) * width_of(size):  # a table has at least a bit per symbol
+        coders = (FIXED,)
     ranked = sorted(coders, key=lambda c: _size(c, counts, size, len(symbols)))
     made = [
         bytes([DENSE | c << 2]) + CODERS[c].encode(symbols, size) for c in ranked[: 2 if len(symbols) < 1 << 20 else 1]
