@@ -93,9 +93,9 @@ def save(
     plain = baked(model)
     places = slots(plain)
     told, held = described(plain)
-    for path, module in plain.named_modules():
+    for place, module in plain.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
-            note(f"{path or 'the model'} keeps extra state that is no tensor: the file does not hold it")
+            note(f"{place or 'the model'} keeps extra state that is no tensor: the file does not hold it")
     if not bare:
         told |= named(places)
         told["tool"] = f"featherweight {version('featherweight')}"
