@@ -65,11 +65,11 @@ def test_files_reload_in_a_fresh_process_and_train(runs):
 
 
 REPRESENTATIVES = {
-    "weights": "magnitude_iterative",
-    "bits": "kmeans_share",
-    "channels": "network_slimming",
-    "factors": "tucker2_vbmf",
-    "student": "kd",
+    "weights": ("magnitude_iterative", {"sparsity": 0.5, "rounds": 2, "epochs": 2, "finetune": 2, "lr": 0.01}),
+    "bits": ("kmeans_share", {"weight_bits": 4, "epochs": 2}),
+    "channels": ("network_slimming", {"prune_ratio": 0.25, "epochs": 2, "finetune": 4, "round_to": 1}),
+    "factors": ("tucker2_vbmf", {"rank": 4, "epochs": 4}),
+    "student": ("kd", {"epochs": 2}),
 }
 LEGAL = [
     (a, b)
@@ -83,11 +83,12 @@ LEGAL = [
 def test_effects_compose(earlier, later, tmp_path):
     """What the earlier method achieved is still there after the later one."""
     model, task = contract.trained()
-    chain = [(REPRESENTATIVES[effect], dict(entries()[REPRESENTATIVES[effect]].small)) for effect in (earlier, later)]
+    chain = [REPRESENTATIVES[earlier], REPRESENTATIVES[later]]
     result = fw.compress(model, task, chain, out=tmp_path, onnx=False)
     first, second = result.report["stages"]
     if earlier == "weights":
-        assert sparsity(second) >= 0.9 * sparsity(first)
+        assert second["nonzeros"] <= first["nonzeros"]
+        assert sparsity(second) > 0.7 * sparsity(first)
     if earlier == "bits":
         assert second["size"] <= 1.1 * first["size"]
     if earlier in ("channels", "factors"):

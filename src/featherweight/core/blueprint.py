@@ -134,7 +134,10 @@ def swapped(model: nn.Module) -> dict[str, nn.Module]:
 def structure(model: nn.Module) -> dict[str, Any]:
     """Swapped layers and changed attributes, JSON-able: what makes a fresh model the same shape."""
     swaps = {path: layer_spec(module) for path, module in swapped(model).items()}
-    edits = {p: dict(e) for p, e in getattr(model, "_fw_edits", {}).items()}
+    # a layer that was swapped, before or after its attributes changed, is described by what it is now
+    inside = tuple(f"{path}." for path in swaps)
+    changed = getattr(model, "_fw_edits", {})
+    edits = {p: dict(e) for p, e in changed.items() if p not in swaps and not p.startswith(inside)}
     return {"swaps": swaps, "edits": edits}
 
 

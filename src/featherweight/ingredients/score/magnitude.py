@@ -33,6 +33,6 @@ magnitude_iterative = method(
     score=magnitude,
     paper="Han et al., NIPS 2015, arXiv:1506.02626",
     needs={"labels", "train"},
-    shrinks={"weights", "bits"},
+    shrinks={"weights"},
     small={"epochs": 1, "finetune": 0, "rounds": 2},
 )
