@@ -124,15 +124,19 @@ def rounded(channels: Channels, doomed: Tensor, round_to: int) -> Tensor:
 
     The multiple is `round_to`, or half the width of a layer that is narrower than twice that.
     """
-    doomed = channels.legal(doomed)
-    for ids in channels.outputs.values():
-        width, going = len(ids), doomed[torch.isin(doomed, ids)]
-        multiple = max(1, min(round_to, width // 2))
-        kept = width - int(torch.isin(ids, going).sum())
-        spare = min(-(-kept // multiple) * multiple, width) - kept
-        if spare:
-            return rounded(channels, doomed[~torch.isin(doomed, going[-spare:])], round_to)
-    return doomed
+    while True:
+        doomed = channels.legal(doomed)
+        spared = [torch.empty(0, dtype=torch.long)]
+        for ids in channels.outputs.values():
+            width, going = len(ids), doomed[torch.isin(doomed, ids)]
+            multiple = max(1, min(round_to, width // 2))
+            kept = width - int(torch.isin(ids, going).sum())
+            more = min(-(-kept // multiple) * multiple, width) - kept
+            spared.append(going[len(going) - more :])
+        stay = torch.isin(doomed, torch.cat(spared))
+        if not stay.any():
+            return doomed
+        doomed = doomed[~stay]
 
 
 def smallest(scores: Tensor, ratio: float) -> Tensor:

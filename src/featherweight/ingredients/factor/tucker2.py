@@ -116,6 +116,7 @@ tucker2_vbmf = method(
     factor=tucker2,
     rank="vbmf",
     paper="Kim et al., ICLR 2016, arXiv:1511.06530",
+    needs={"labels", "train"},
     shrinks={"factors"},
     small={"rank": 0.25, "floor": 1, "epochs": 1},
 )
