@@ -124,12 +124,19 @@ def _place(model: nn.Module, task: Task, places: list[Place], make: Range, bits:
     for place, watcher in zip(places, seen, strict=True):
         for path, at in place.sites[:1]:
             attach(model.get_submodule(path), watcher, at)
-    data = task.calibrating()
-    total = min(whole("calibration_batches", batches, low=1), length(data) or batches)
-    with eval_mode(model):
-        for _, batch in zip(range(batches), track(data, "calibrate", total), strict=False):
-            run(model, task, batch)
+    facts: dict[str, bool] = getattr(make, "__ingredient__", ("range", {}))[1]
+    if facts.get("calibrated", True):
+        _calibrate(model, task, whole("calibration_batches", batches, low=1))
     for place, watcher in zip(places, seen, strict=True):
         grid = make(watcher, bits)
         for path, at in place.sites:
             attach(model.get_submodule(path), grid, at)
+
+
+def _calibrate(model: nn.Module, task: Task, batches: int) -> None:
+    """Runs batches through the model."""
+    data = task.calibrating()
+    total = min(batches, length(data) or batches)
+    with eval_mode(model):
+        for _, batch in zip(range(batches), track(data, "calibrate", total), strict=False):
+            run(model, task, batch)

@@ -91,10 +91,10 @@ class _Watch(TorchDispatchMode):
         self.alive: list[Tensor] = []
         self.numbers: dict[tuple[int, int], int] = {}
 
-    def number(self, tensor: Tensor) -> int:
-        """The number of a tensor in its present state: what is changed in place is another tensor."""
+    def number(self, tensor: Tensor, later: int = 0) -> int:
+        """The number of a tensor in its present state, or `later` changes from now: a changed tensor is another one."""
         self.alive.append(tensor)
-        return self.numbers.setdefault((id(tensor), tensor._version), len(self.numbers))
+        return self.numbers.setdefault((id(tensor), tensor._version + later), len(self.numbers))
 
     def numbered(self, values: Any) -> tuple[int, ...]:
         return tuple(self.number(t) for t in pytree.tree_leaves(values) if isinstance(t, Tensor))
@@ -107,7 +107,12 @@ class _Watch(TorchDispatchMode):
         constants = tuple(a for a in pytree.tree_leaves((args, kwargs)) if not isinstance(a, Tensor))
         name = func.overloadpacket.__name__
         name = name[:-1] if name.endswith("_") and not name.endswith("__") else name
-        self.flow.steps.append(Step(name, reads, self.numbered(output), constants))
+        # A change in place is counted by torch only after this returns.
+        given = {id(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        changed = func._schema.is_mutable
+        made = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+        makes = tuple(self.number(t, int(changed and id(t) in given)) for t in made)
+        self.flow.steps.append(Step(name, reads, makes, constants))
         return output
 
     def around(self, path: str, layer: str | None) -> tuple[Callable[..., None], Callable[..., None]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from featherweight.core.forms import ACTIVATIONS, Affine, Codes, activation_form, along, codes_of
+from featherweight.core.forms import ACTIVATIONS, Affine, Codes, Table, activation_form, along, codes_of
 from featherweight.core.grids import ActivationGrid, Steps
 
 STORED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Embedding)
@@ -59,9 +59,12 @@ def _lower_weight(lowered: Lowered, path: str, module: nn.Module) -> None:
 def int8(codes: Codes) -> tuple[Tensor, Tensor, int] | None:
     """Codes as (int8 symbols around zero, scale, axis), equal to the weight bit for bit; None where int8 cannot.
 
-    A zero point between two integers (DoReFa's levels) is absorbed by half the scale and odd symbols.
+    A zero point between two integers (DoReFa's levels) is absorbed by half the scale and odd symbols; a table may be a
+    grid too (DoReFa's levels and the zero of a mask).
     """
     rule = codes.rule
+    if isinstance(rule, Table):
+        return _even(codes, rule)
     if not isinstance(rule, Affine):
         return None
     centred = codes.symbols.view(codes.shape) - along(rule.zero_point, rule.axis, len(codes.shape)).double()
@@ -71,6 +74,18 @@ def int8(codes: Codes) -> tuple[Tensor, Tensor, int] | None:
         return None
     found = symbols.to(torch.int8), scale.contiguous(), rule.axis or 0
     return found if torch.equal(dequantize(*found), codes.decode()) else None
+
+
+def _even(codes: Codes, table: Table) -> tuple[Tensor, Tensor, int] | None:
+    """A table whose values are whole multiples of the smallest."""
+    sizes = table.values.abs()
+    if not bool((sizes > 0).any()):
+        return None
+    step = sizes[sizes > 0].min()
+    symbols = (codes.decode() / step).round()
+    if not bool((symbols.abs() <= 127).all()) or not torch.equal(symbols * step, codes.decode()):
+        return None
+    return symbols.to(torch.int8), step.clone(), 0
 
 
 class Stored(nn.Module):

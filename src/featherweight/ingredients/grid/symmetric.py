@@ -40,7 +40,7 @@ def symmetric_mse(site: Site, bits: int) -> Form:
     Source: Hwang and Sung, SiPS 2014 (the step of least squared error), here searched over 31 fractions of the maximum.
 
     >>> from torch import tensor
-    >>> weight = tensor([[1.0, 0.30, -0.31, 0.29, 0.3]])
+    >>> weight = tensor([[1.0] + [0.3] * 8])
     >>> bool(symmetric_mse(Site.of(weight), bits=2).clip < 1)
     True
     """

@@ -29,7 +29,8 @@ def percentile(seen: Seen, bits: int) -> ActivationGrid:
     """All but 0.01 % of what was seen, half of it at either end; what lies outside is cut off.
 
     >>> seen = Seen()
-    >>> _ = seen(torch.cat([torch.linspace(0, 1, 4000), torch.tensor([50.0])]))
+    >>> for outlier in (50.0, *[0.0] * 9):
+    ...     _ = seen(torch.cat([torch.linspace(0, 1, 4000), torch.tensor([outlier])]))
     >>> bool(percentile(seen, 8).scale < 0.1)
     True
     """
