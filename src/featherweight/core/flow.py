@@ -90,14 +90,21 @@ class _Watch(TorchDispatchMode):
         self.inside = 0
         self.alive: list[Tensor] = []
         self.numbers: dict[tuple[int, int], int] = {}
+        self.changes: dict[int, int] = {}  # torch's own counters are behind while an operator runs
 
-    def number(self, tensor: Tensor, later: int = 0) -> int:
-        """The number of a tensor in its present state, or `later` changes from now: a changed tensor is another one."""
+    def number(self, tensor: Tensor) -> int:
+        """The number of a tensor in its present state: one that was changed in place is another tensor."""
         self.alive.append(tensor)
-        return self.numbers.setdefault((id(tensor), tensor._version + later), len(self.numbers))
+        return self.numbers.setdefault((id(tensor), self.changes.get(id(tensor), 0)), len(self.numbers))
 
     def numbered(self, values: Any) -> tuple[int, ...]:
         return tuple(self.number(t) for t in pytree.tree_leaves(values) if isinstance(t, Tensor))
+
+    def written(self, schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The arguments that an operator changes in place."""
+        given = {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **kwargs}
+        names = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        return [t for name in names for t in pytree.tree_leaves(given.get(name)) if isinstance(t, Tensor)]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.inside:
@@ -107,12 +114,10 @@ class _Watch(TorchDispatchMode):
         constants = tuple(a for a in pytree.tree_leaves((args, kwargs)) if not isinstance(a, Tensor))
         name = func.overloadpacket.__name__
         name = name[:-1] if name.endswith("_") and not name.endswith("__") else name
-        # A change in place is counted by torch only after this returns.
-        given = {id(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        changed = func._schema.is_mutable
-        made = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
-        makes = tuple(self.number(t, int(changed and id(t) in given)) for t in made)
-        self.flow.steps.append(Step(name, reads, makes, constants))
+        if func._schema.is_mutable:
+            for tensor in self.written(func._schema, args, kwargs or {}):
+                self.changes[id(tensor)] = self.changes.get(id(tensor), 0) + 1
+        self.flow.steps.append(Step(name, reads, self.numbered(output), constants))
         return output
 
     def around(self, path: str, layer: str | None) -> tuple[Callable[..., None], Callable[..., None]]:
