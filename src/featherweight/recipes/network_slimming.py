@@ -38,7 +38,7 @@ def network_slimming(
     finetune: float = 10,
     lr: float = 0.05,
     optimizer: str | MakeOptimizer | None = "sgd",
-    round_to: int = 8,
+    round_to: int = 16,
     coupled: Literal["max", "mean", "sum"] = "max",
 ) -> nn.Module:
     """Minimises `loss + penalty sum |gamma|` (eq. 1) by subgradient, then removes channels below one global threshold.
@@ -56,8 +56,8 @@ def network_slimming(
         finetune: passes after the removal.
         lr: learning rate of both.
         optimizer: of both, as in `fit`.
-        round_to: layers keep a multiple of this many channels, layers less than twice as wide half or all of theirs;
-            1 removes exactly what the threshold says.
+        round_to: wider layers keep a multiple of this many channels: ONNX Runtime computes 16 at once with AVX-512, 8
+            with AVX2; 1 removes exactly what the threshold says.
         coupled: how the scores of coupled norms become one: max, mean or sum.
 
     Raises:
@@ -122,14 +122,14 @@ def channel_scores(channels: Channels, norms: Mapping[str, BatchNorm], coupled: 
 def rounded(channels: Channels, doomed: Tensor, round_to: int) -> Tensor:
     """What of the doomed channels, the most expendable first, goes when layers keep whole multiples.
 
-    The multiple is `round_to`, or half the width of a layer that is narrower than twice that.
+    Layers no wider than `round_to` are not rounded: they are less than one vector anyway, and only their inputs count.
     """
     while True:
         doomed = channels.legal(doomed)
         spared = [torch.empty(0, dtype=torch.long)]
         for ids in channels.outputs.values():
             width, going = len(ids), doomed[torch.isin(doomed, ids)]
-            multiple = max(1, min(round_to, width // 2))
+            multiple = round_to if width > round_to else 1
             kept = width - int(torch.isin(ids, going).sum())
             more = min(-(-kept // multiple) * multiple, width) - kept
             spared.append(going[len(going) - more :])
