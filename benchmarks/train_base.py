@@ -123,6 +123,10 @@ which leaves alone what is here: delete a file to train it again, or name it to 
 cosine; valid is 5,000 images held out of the 60,000, test is the test file of 10,000. The weights of the last epoch are
 kept; none were chosen by test. The same facts are in the metadata of every file. Written by the script, not by hand.
 
+Seconds are wall clock on a machine that others shared. Commit is the checkout's head when the file was written; the
+first files were trained while the training loop was still being written, so training one again gives a network as good,
+not the same bytes.
+
 Load one with `zoo.build(network).load_state_dict(safetensors.torch.load_file(path))`.
 
 | file | network | data | valid | test | test error | epochs | lr | batch | augmentation | memory | seed | seconds | threads | torch | commit |
