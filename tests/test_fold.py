@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from featherweight import zoo
 from featherweight.core.blueprint import blueprint, conform
 from featherweight.core.fold import fold_batchnorm
-from featherweight.core.forms import Mask, attach
+from featherweight.core.forms import Mask, attach, mask_of
 from featherweight.core.ledger import recording
 
 
@@ -114,8 +114,11 @@ def test_zeros_stay_zeros() -> None:
     zeros = model[0].weight == 0
     folded = same_after_folding(model, torch.randn(2, 3, 5, 5))
     weight = folded.get_submodule("0").weight
-    assert isinstance(weight, nn.Parameter)
+    assert isinstance(weight, Tensor)
     assert torch.equal(weight == 0, zeros)
+    keep = mask_of(folded.get_submodule("0"))
+    assert keep is not None
+    assert torch.equal(keep, ~zeros)
 
 
 def test_a_fresh_model_is_made_the_same() -> None:

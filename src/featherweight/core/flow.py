@@ -48,18 +48,6 @@ class Flow:
     inputs: set[int] = field(default_factory=set)
     outputs: set[int] = field(default_factory=set)
 
-    def readers(self, tensor: int) -> list[int]:
-        """The positions of the steps that read a tensor."""
-        return [i for i, step in enumerate(self.steps) if tensor in step.reads]
-
-    def maker(self, tensor: int) -> Step | None:
-        """The step that made a tensor."""
-        return next((step for step in self.steps if tensor in step.makes), None)
-
-    def calls(self, path: str) -> int:
-        """How often a module was called."""
-        return sum(visit.path == path for visit in self.visits)
-
 
 def follow(model: nn.Module, example_inputs: Any, layers: Mapping[str, nn.Module]) -> Flow:
     """Runs the model once in evaluation mode; the modules in `layers` count as one step each."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from featherweight.core.forms import bake
+from featherweight.core.forms import bake, mask_zeros, masked_names
 from featherweight.core.ledger import skip
 from featherweight.core.surgery import swap
 from featherweight.core.trace import graph_inputs, operator_name, trace
@@ -17,15 +17,16 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def fold_batchnorm(model: nn.Module, example_inputs: Any) -> nn.Module:
-    """Multiplies every batch norm into the convolution or linear layer that it alone reads, in place; bakes the model.
+    """Multiplies every batch norm into the convolution or linear layer that it alone reads, in place.
 
     `w' = w * g / sqrt(v + eps)` and `b' = (b - m) * g / sqrt(v + eps) + beta` with the running statistics m and v, so
-    outputs in evaluation mode stay the same, and zeros stay zeros. The batch norm becomes an `nn.Identity`. A batch
-    norm that cannot be folded is left where it is, and the reason is reported.
+    outputs in evaluation mode stay the same, and zeros stay zeros. The batch norm becomes an `nn.Identity`; one that
+    cannot be folded stays, and the reason is reported. The model is baked; what was masked is masked again.
 
     Raises:
         TraceError: the model cannot be traced.
     """
+    masked = masked_names(model)
     bake(model)
     for norm, layer in _pairs(model, example_inputs).items():
         if isinstance(layer, str):
@@ -33,6 +34,7 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> nn.Module:
             continue
         _fold(layer, model.get_submodule(norm))
         swap(model, norm, nn.Identity())
+    mask_zeros(model, masked)
     return model
 
 

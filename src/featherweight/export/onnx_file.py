@@ -172,7 +172,8 @@ def _input_names(model: nn.Module, call: Call, given: Sequence[str] | None) -> l
     bound = inspect.signature(model.forward).bind(*args, **kwargs)
     bound.apply_defaults()
     flat = [*zip(bound.arguments, args, strict=False), *kwargs.items()]
-    return [name for key, value in flat for name in _leaf_names(key, value)]
+    names = [name for key, value in flat for name in _leaf_names(key, value)]
+    return names if len(names) == count else [f"input_{i}" for i in range(count)]
 
 
 def _output_names(output: Any, given: Sequence[str] | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -36,7 +37,8 @@ def fused(model: nn.Module, task: Task, layers: Mapping[str, nn.Module]) -> list
     A tensor that no module takes in or hands out cannot carry a grid: the layer that reads it quantizes it for itself,
     and that is noted.
     """
-    plan = _Plan(follow(model, task.inputs(), layers), layers)
+    chains = {path for path, module in model.named_modules() if isinstance(module, CHAINS)}
+    plan = _Plan(follow(model, task.inputs(), layers), layers, chains)
     for step in plan.flow.steps:
         plan.forward(step)
     for step in plan.flow.steps:
@@ -44,7 +46,7 @@ def fused(model: nn.Module, task: Task, layers: Mapping[str, nn.Module]) -> list
             plan.grid_of.setdefault(step.reads[0], step.reads[0])
     for path in layers.keys() - {step.layer for step in plan.flow.steps}:
         skip(path, "its inputs are not quantized: the example inputs do not reach it, or its forward is not called")
-    return plan.places(model)
+    return plan.places()
 
 
 @dataclass
@@ -53,16 +55,28 @@ class _Plan:
 
     flow: Flow
     layers: Mapping[str, nn.Module]
+    chains: set[str]
     grid_of: dict[int, int] = field(default_factory=dict)
     clamp: dict[int, tuple[float, float]] = field(default_factory=dict)
     clamped: set[int] = field(default_factory=set)  # outputs of clamps that their grid has made idle
 
     def __post_init__(self) -> None:
-        self.made = {tensor for step in self.flow.steps for tensor in step.makes} | self.flow.inputs
-        self.by_tensor: dict[int, list[Step]] = {}
-        for step in self.flow.steps:
+        flow = self.flow
+        self.made = {tensor for step in flow.steps for tensor in step.makes} | flow.inputs
+        self.calls = Counter(visit.path for visit in flow.visits)
+        self.readers: dict[int, list[int]] = {}  # positions of the steps that read a tensor
+        for position, step in enumerate(flow.steps):
             for tensor in set(step.reads):
-                self.by_tensor.setdefault(tensor, []).append(step)
+                self.readers.setdefault(tensor, []).append(position)
+        able = [v for v in flow.visits if v.path and self.calls[v.path] == 1 and v.path not in self.chains]
+        self.giving = {v.makes: v.path for v in reversed(able) if v.makes != v.reads}
+        self.taking: dict[int | None, list[Visit]] = {}
+        for visit in able:
+            self.taking.setdefault(visit.reads, []).append(visit)
+
+    def reading(self, tensor: int) -> list[Step]:
+        """The steps that read a tensor."""
+        return [self.flow.steps[i] for i in self.readers.get(tensor, [])]
 
     def forward(self, step: Step) -> None:
         """Carries the grids over one step."""
@@ -70,7 +84,7 @@ class _Plan:
         if made in self.flow.outputs:
             return
         if step.layer is not None:
-            if isinstance(self.layers[step.layer], nn.Conv2d) and self.flow.calls(step.layer) == 1:
+            if isinstance(self.layers[step.layer], nn.Conv2d) and self.calls[step.layer] == 1:
                 self.start(made)
         elif step.name in JOINS and len(reads) == len(step.reads) > 1 and all(t in self.grid_of for t in reads):
             self.start(made)
@@ -80,50 +94,42 @@ class _Plan:
     def start(self, tensor: int) -> None:
         """A new grid; a clamp that alone reads the tensor becomes the end of the grid."""
         self.grid_of[tensor] = tensor
-        readers = self.by_tensor.get(tensor, [])
+        readers = self.reading(tensor)
         if len(readers) == 1 and readers[0].name in CLAMPS and tensor not in self.flow.outputs:
             self.clamp[tensor] = _limits(readers[0])
             self.clamped.add(readers[0].makes[0])
 
-    def places(self, model: nn.Module) -> list[Place]:
+    def places(self) -> list[Place]:
         """The places of all grids, in the order of the network."""
         sites: dict[int, dict[tuple[str, str], None]] = {}
         for tensor, grid in self.grid_of.items():
-            if tensor in self.clamped and grid in self.clamp and self.hosts(model, grid):
+            if tensor in self.clamped and grid in self.clamp and self.hosts(grid):
                 continue  # the grid before the clamp has done it
-            if tensor in self.clamp and not self.hosts(model, tensor):
+            if tensor in self.clamp and not self.hosts(tensor):
                 continue  # no module hands it out: the grid stands behind the clamp
-            sites.setdefault(grid, {}).update(dict.fromkeys(self.hosts(model, tensor) or self.own(tensor)))
+            sites.setdefault(grid, {}).update(dict.fromkeys(self.hosts(tensor) or self.own(tensor)))
         return [Place(tuple(found), self.clamp.get(grid, OPEN)) for grid, found in sites.items() if found]
 
-    def hosts(self, model: nn.Module, tensor: int) -> list[tuple[str, str]]:
+    def hosts(self, tensor: int) -> list[tuple[str, str]]:
         """The one layer that reads the tensor, the module that hands it out, or one whose input covers all readers."""
-        readers = self.by_tensor.get(tensor, [])
-        if len(readers) == 1 and readers[0].layer is not None and tensor not in self.flow.outputs:
+        readers = self.reading(tensor)
+        inside = tensor not in self.flow.outputs
+        if len(readers) == 1 and readers[0].layer is not None and inside:
             return [(readers[0].layer, "input")]
-        able = [v for v in self.flow.visits if self._able(model, v)]
-        giving = [(v.path, "output") for v in able if v.makes == tensor != v.reads]
-        taking = [v for v in able if v.reads == tensor and self._covers(v, tensor)]
-        if giving:
-            return giving[:1]
-        return [(max(taking, key=lambda v: v.last - v.first).path, "input")] if taking else []
+        if tensor in self.giving:
+            return [(self.giving[tensor], "output")]
+        at = self.readers.get(tensor, [])
+        covering = [v for v in self.taking.get(tensor, []) if inside and all(v.first <= i < v.last for i in at)]
+        return [(max(covering, key=lambda v: v.last - v.first).path, "input")] if covering else []
 
     def own(self, tensor: int) -> list[tuple[str, str]]:
         """The inputs of the layers that read a tensor which no module hosts."""
-        readers = self.by_tensor.get(tensor, [])
+        readers = self.reading(tensor)
         layers = [step.layer for step in readers if step.layer is not None]
         others = sorted({step.name for step in readers if step.name in JOINS})
         if others:
             note(f"a tensor between modules, read by {', '.join(others)}, cannot carry a grid: it stays float there")
         return [(path, "input") for path in layers]
-
-    def _able(self, model: nn.Module, visit: Visit) -> bool:
-        module = model.get_submodule(visit.path)
-        return visit.path != "" and not isinstance(module, CHAINS) and self.flow.calls(visit.path) == 1
-
-    def _covers(self, visit: Visit, tensor: int) -> bool:
-        """Whether everything that reads the tensor happens inside the visit."""
-        return all(visit.first <= i < visit.last for i in self.flow.readers(tensor)) and tensor not in self.flow.outputs
 
 
 def _limits(step: Step) -> tuple[float, float]:
