@@ -12,82 +12,71 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "benchmarks" / "results"
 
 
+def table(head: list[str], rows: list[list[Any]]) -> list[str]:
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+
+
 def methods() -> str:
     """Every id with its facts and options."""
     lines = ["# Methods", "", "Generated from the catalogue by `make docs`.", ""]
-    lines += ["| id | family | kind | needs | makes smaller | what it does | paper |", "|---|---|---|---|---|---|---|"]
-    for entry in entries().values():
-        row = entry.facts()
-        facts = [", ".join(row[key]) or "-" for key in ("needs", "shrinks")]
-        lines.append(
-            f"| `{row['id']}` | {row['family']} | {row['kind']} | {facts[0]} | {facts[1]} | {row['summary']} | {row['paper']} |"
-        )
+    rows = []
+    for row in (entry.facts() for entry in entries().values()):
+        needs, shrinks = (", ".join(row[key]) or "-" for key in ("needs", "shrinks"))
+        rows.append([f"`{row['id']}`", row["family"], row["kind"], needs, shrinks, row["summary"], row["paper"]])
+    lines += table(["id", "family", "kind", "needs", "makes smaller", "what it does", "paper"], rows)
     for entry in entries("method").values():
-        lines += ["", f"## {entry.id}", "", "| option | default | meaning |", "|---|---|---|"]
-        lines += [f"| `{o.name}` | `{o.default}` | {o.meaning} |" for o in entry.options()]
+        options = [[f"`{o.name}`", f"`{o.default}`", o.meaning] for o in entry.options()]
+        lines += ["", f"## {entry.id}", "", *table(["option", "default", "meaning"], options)]
     return "\n".join(lines) + "\n"
 
 
 def told(value: dict[str, Any], scale: float = 1.0, digits: int = 2) -> str:
+    """A mean with half the width of its 95 % interval."""
     half = "" if value["half"] is None else f" ± {scale * value['half']:.{digits}f}"
     return f"{scale * value['mean']:.{digits}f}{half}"
 
 
+def overview(one: dict[str, Any]) -> list[Any]:
+    """The row of one experiment."""
+    s = one["summary"]
+    latency = [told(s[key]) + "x" if (key := f"latency, onnxruntime, batch {b}") in s else "-" for b in (1, 64)]
+    accuracies = [told(s[key], 100) for key in ("original", "result")]
+    sizes = [told(s["bare_bytes"], 1, 0), told(s["times_smaller_bare"], 1, 1) + "x"]
+    return [one["title"], s["result"]["n"], *accuracies, *sizes, told(s["macs_left"], 100, 1) + " %", *latency]
+
+
+def seed_row(row: dict[str, Any]) -> list[Any]:
+    """The row of one seed."""
+    low, high = row["paired_interval"]
+    drop = f"{row['drop_points']:+.2f} ({low:+.2f} .. {high:+.2f})"
+    accuracies = [f"{100 * row[key]:.2f}" for key in ("original", "result")]
+    sizes = [f"{row[key]:,}" for key in ("bare_bytes", "bytes")]
+    return [row["seed"], *accuracies, drop, *sizes, f"{100 * row['macs_left']:.1f} %", f"{row['seconds']:.0f}"]
+
+
 def results() -> str:
-    """One table over all experiments, then each with its seeds."""
+    """One table over all experiments, then each with its seeds, then the comparisons."""
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     chains = [one for one in found if "summary" in one]
-    lines = [
-        "# Results",
-        "",
-        "Generated from `benchmarks/results/*.json` by `make docs`; each figure was measured on the file itself.",
-        "",
-    ]
+    lines = ["# Results", "", "Generated from `benchmarks/results/*.json` by `make docs`."]
     lines += [
-        "Metrics are accuracies in % on the test split, as mean ± 95 % interval over seeds; bytes are those of a bare file.",
-        "",
+        "Accuracies are in % on the test split, as mean ± 95 % interval over seeds; bytes are those of a bare file"
     ]
-    lines += [
-        "| experiment | seeds | original | result | bare bytes | times smaller | MACs left | ONNX Runtime, batch 1 | batch 64 |"
-    ]
-    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    lines += ["that was read back and evaluated; latencies are ratios to the original in one interleaved run.", ""]
+    head = ["experiment", "seeds", "original", "result", "bare bytes", "times smaller", "MACs left"]
+    lines += table([*head, "ONNX Runtime, batch 1", "batch 64"], [overview(one) for one in chains])
     for one in chains:
-        s = one["summary"]
-        latency = [told(s[key]) + "x" if (key := f"latency, onnxruntime, batch {b}") in s else "-" for b in (1, 64)]
-        lines.append(
-            f"| {one['title']} | {s['result']['n']} | {told(s['original'], 100)} | {told(s['result'], 100)} | "
-            f"{told(s['bare_bytes'], 1, 0)} | {told(s['times_smaller_bare'], 1, 1)}x | {told(s['macs_left'], 100, 1)} % | "
-            f"{latency[0]} | {latency[1]} |"
-        )
-    for one in chains:
-        lines += [
-            "",
-            f"## {one['title']}",
-            "",
-            f"Chain: `{json.dumps(one['asked']['chain'])}` on `{one['asked']['net']}`,",
-        ]
-        lines += [
-            f"`{one['asked']['data']}`; commit {one['commit']}, torch {one['environment']['versions']['torch']}.",
-            "",
-        ]
-        lines += [
-            "| seed | original | result | drop, paired 95 % | bare bytes | file bytes | MACs left | seconds |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for row in one["rows"]:
-            low, high = row["paired_interval"]
-            lines.append(
-                f"| {row['seed']} | {100 * row['original']:.2f} | {100 * row['result']:.2f} | {row['drop_points']:+.2f} "
-                f"({low:+.2f} .. {high:+.2f}) | {row['bare_bytes']:,} | {row['bytes']:,} | {100 * row['macs_left']:.1f} % | {row['seconds']:.0f} |"
-            )
+        versions = f"commit {one['commit']}, torch {one['environment']['versions']['torch']}"
+        lines += ["", f"## {one['title']}", "", f"`{json.dumps(one['asked']['chain'])}`", ""]
+        lines += [f"On `{one['asked']['net']}`, `{one['asked']['data']}`; {versions}.", ""]
+        head = ["seed", "original", "result", "drop in points, paired 95 %", "bare bytes", "file bytes", "MACs left"]
+        lines += table([*head, "seconds"], [seed_row(row) for row in one["rows"]])
     for one in found:
         if "table" in one:
-            lines += ["", f"## {one['title']}", "", one.get("note", ""), "", "| " + " | ".join(one["table"][0]) + " |"]
-            lines += ["|" + "---|" * len(one["table"][0])]
-            lines += [
-                "| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()) + " |"
-                for row in one["table"]
-            ]
+            rows = [[f"{v:.4g}" if isinstance(v, float) else v for v in row.values()] for row in one["table"]]
+            lines += ["", f"## {one['title']}", "", *table(list(one["table"][0]), rows)]
     return "\n".join(lines) + "\n"
 
 
