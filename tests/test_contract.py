@@ -17,6 +17,8 @@ from featherweight.core.task import Metric, Task
 from featherweight.errors import BadOption
 
 METHODS = sorted(entries("method"))
+# one worker runs all checks of a method, so that the method itself runs once
+GROUPED = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in METHODS]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("check", list(contract.checks()), ids=lambda c: c.__name__)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", GROUPED)
 def test_contract(name, check, runs):
     check(runs(name))
 
