@@ -146,7 +146,9 @@ def tidy(proto: ModelProto) -> bytes:
     renamed: dict[str, str] = {}
     for tensor in proto.graph.initializer:
         array = numpy_helper.to_array(tensor)
-        renamed[tensor.name] = seen.setdefault((tensor.data_type, array.shape, array.tobytes()), tensor.name)
+        short = tensor.name.replace(".parametrizations.weight.0.", ".weight.")
+        renamed[tensor.name] = seen.setdefault((tensor.data_type, array.shape, array.tobytes()), short)
+        tensor.name = short
     for node in proto.graph.node:
         _rename(node, renamed)
         node.ClearField("doc_string")
