@@ -1,1 +1,1 @@
-"""Scores: `(site) -> tensor of the weight's shape`; what scores lowest goes first."""
+"""Grids: `(site, bits) -> Form` for a weight; DoReFa brings its activations and gradients along."""

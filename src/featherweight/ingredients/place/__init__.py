@@ -1,1 +1,1 @@
-"""Scores: `(site) -> tensor of the weight's shape`; what scores lowest goes first."""
+"""Places: `(model, task, layers) -> list[Place]`, the tensors that carry activation grids."""

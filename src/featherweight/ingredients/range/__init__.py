@@ -1,1 +1,1 @@
-"""Scores: `(site) -> tensor of the weight's shape`; what scores lowest goes first."""
+"""Ranges: `(what was seen, bits) -> ActivationGrid`."""
