@@ -1,6 +1,8 @@
 """Forms stack, survive copies and training, and bake to the same outputs with their codes beside the weights."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -167,3 +169,14 @@ def test_blueprint_round_trip_keeps_forms_values_and_gradients():
     fit(model, task, epochs=1)
     fit(twin, task, epochs=1)
     assert torch.equal(twin(x), model(x))
+
+
+def test_a_form_on_a_container_is_refused():
+    with pytest.raises(BadOption, match="attach it to a layer inside"):
+        attach(nn.Sequential(nn.Linear(2, 2)), Mask(torch.ones(2)), at="input")
+
+
+def test_forms_of_ingredients_are_restored_in_a_fresh_process():
+    code = "from featherweight.core.forms import Form; import torch; Form.restored('DoReFaWeights', {}, {})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "unknown form" not in done.stderr

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from featherweight.catalogue import entries
 from featherweight.core.ledger import note
 from featherweight.errors import BadOption, unknown
 
@@ -158,6 +159,8 @@ class Form(nn.Module, ABC):
         Raises:
             UnknownName: no form has this name.
         """
+        if name not in Form.known:
+            entries()  # an ingredient's form is known once its file was imported
         if name not in Form.known:
             raise unknown("form", name, Form.known)
         form: Form = Form.known[name].__new__(Form.known[name])
@@ -435,6 +438,10 @@ def mask_zeros(model: nn.Module, names: list[tuple[str, str]]) -> None:
 
 
 def _attach_activation(module: nn.Module, form: Form, at: str) -> None:
+    if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        raise BadOption(
+            f"a {type(module).__name__} would run the form as one of its layers: attach it to a layer inside"
+        )
     known = f"fw_{at}" in module._modules
     module.add_module(f"fw_{at}", form)
     if known:
