@@ -82,7 +82,7 @@ def layer_spec(module: nn.Module) -> dict[str, Any]:
     """
     base = type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
     if base is nn.Sequential:
-        return {"type": "Sequential", "layers": {n: layer_spec(m) for n, m in module.named_children()}}
+        return {"type": "Sequential", "layers": {n: layer_spec(m) for n, m in module._modules.items() if m is not None}}
     if base not in TYPES:
         raise FormatError(f"a {base.__name__} was swapped in, which a file cannot name: use one of {', '.join(LEAVES)}")
     name = TYPES[base]
@@ -132,8 +132,15 @@ def swapped(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def structure(model: nn.Module) -> dict[str, Any]:
-    """Swapped layers and changed attributes, JSON-able: what makes a fresh model the same shape."""
-    swaps = {path: layer_spec(module) for path, module in swapped(model).items()}
+    """Swapped layers and changed attributes, JSON-able: what makes a fresh model the same shape.
+
+    A layer that stands at several paths is described at the first one; the others say `{"same": first path}`.
+    """
+    first: dict[int, str] = {}
+    swaps: dict[str, dict[str, Any]] = {}
+    for path, module in swapped(model).items():
+        earlier = first.setdefault(id(module), path)
+        swaps[path] = layer_spec(module) if earlier == path else {"same": earlier}
     # a layer that was swapped, before or after its attributes changed, is described by what it is now
     inside = tuple(f"{path}." for path in swaps)
     changed = getattr(model, "_fw_edits", {})
@@ -150,12 +157,16 @@ def restructure(model: nn.Module, plan: dict[str, Any], shapes: dict[str, tuple[
     Raises:
         BadData: the model is of another class or configuration than the one in the file.
     """
+    built = {path: build_layer(spec) for path, spec in plan["swaps"].items() if "same" not in spec}
     for path, spec in plan["swaps"].items():
         parent, _, name = path.rpartition(".")
         owner = _module(model, parent)
         if name not in owner._modules:
             raise BadData(f"the model has no layer {path}, which the file replaces: pass the same class and options")
-        new = build_layer(spec)
+        first = str(spec.get("same", path))
+        if first not in built:
+            raise FormatError(f"the file says that {path} is the layer {first}, which it does not describe")
+        new = built[first]
         new._fw_swapped = True  # type: ignore[assignment]
         new.train(owner.training)
         owner._modules[name] = new
@@ -298,11 +309,16 @@ def conform(model: nn.Module, data: dict[str, Any], tensors: dict[str, Tensor]) 
     """
     shapes = {name: tuple(tensors[key].shape) for name, key in data["plain"].items()}
     restructure(model, data, shapes)
-    shared: dict[str, nn.Parameter] = {}
+    placed: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, key in data["plain"].items():
             path, _, leaf = name.rpartition(".")
-            getattr(_module(model, path), leaf).copy_(tensors[key])
+            module = _module(model, path)
+            tensor = placed.setdefault(key, getattr(module, leaf))
+            tensor.copy_(tensors[key])
+            if getattr(module, leaf) is not tensor:  # a layer that was swapped in is tied to another
+                setattr(module, leaf, tensor)
+    shared = {key: held for key, held in placed.items() if isinstance(held, nn.Parameter)}
     stacks: dict[tuple[str, ...], Stack] = {}
     for name, held in data["weights"].items():
         path, _, leaf = name.rpartition(".")
