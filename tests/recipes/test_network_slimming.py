@@ -1,6 +1,7 @@
 """Liu et al. 2017: the penalty shrinks scales, one global threshold removes its exact share, dead channels go free."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -58,12 +59,36 @@ def test_penalty_shrinks_the_scales():
     assert float(scales(pulled).sum()) < 0.8 * float(scales(free).sum())
 
 
+def test_the_penalty_pulls_every_scale_by_the_same_amount_whatever_its_size_and_sign():
+    seen = []
+
+    def watched_fit(model, task, **options):
+        def record(progress=0.0):
+            seen.append([model[i].weight.detach().clone() for i in (1, 4)])
+
+        record()
+        return fit(model, task, after_step=record, **{**options, "decay": "constant"})
+
+    task = small_task(fit=watched_fit, loss=lambda output, target: 0 * output.sum())  # only the penalty is left
+    model = small_cnn()
+    with torch.no_grad():
+        for i in (1, 4):
+            size = torch.linspace(0.05, 2.0, len(model[i].weight))
+            model[i].weight.copy_(size * (-1) ** torch.arange(len(size)))
+    sgd = {"optimizer": lambda params, lr: torch.optim.SGD(params, lr=lr), "lr": 0.1}
+    slim(model, task, penalty=0.02, epochs=1, finetune=0, prune_ratio=0.25, round_to=1, **sgd)
+    for earlier, later in itertools.pairwise(seen[:4]):
+        for old, new in zip(earlier, later, strict=True):
+            torch.testing.assert_close(old - new, 0.1 * 0.02 * old.sign(), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5, 0.7])
 def test_global_threshold_removes_exactly_its_share(ratio):
     model = small_cnn()
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             nn.init.uniform_(m.weight, 0.2, 1.0)
+            m.weight.data[::2] *= -1  # the size of a scale counts, not its sign
     before = scales(model)
     slim(model, small_task(), prune_ratio=ratio, epochs=0, finetune=0, round_to=1)
     after = scales(model)
