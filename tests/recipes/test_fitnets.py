@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from conftest import small_cnn, small_mlp, small_task
@@ -37,6 +38,68 @@ def test_stage_1_changes_no_layer_above_the_guided_one():
     assert not same["0.weight"]
     assert not same["1.running_mean"]
     assert all(equal for name, equal in same.items() if int(name.split(".")[0]) > 2)
+
+
+def watched(stages):
+    """A `fit` that trains nothing and keeps what each stage would minimise."""
+
+    def fit_nothing(model, task, **options):
+        stages.append((options["step"], list(options["params"])))
+        return model
+
+    return fit_nothing
+
+
+def test_stage_2_minimises_the_labels_loss_and_an_annealed_divergence_of_softened_probabilities():
+    stages = []
+    task = small_task(teacher=small_cnn().eval(), fit=watched(stages))
+    student = entry("fitnets")(thin_cnn().eval(), task, hint="2", guided="2", temperature=3.0)
+    (x, y), (step, params) = next(iter(task.train)), stages[1]
+    assert {id(p) for p in params} == {id(p) for p in student.parameters()}
+    with torch.no_grad():
+        ours, theirs = student(x), task.teacher(x)
+        labels = F.cross_entropy(ours, y)
+        p, q = (theirs / 3).softmax(1), (ours / 3).softmax(1)
+        divergence = (p * (p / q).log()).sum(1).mean()
+        for progress, weight in ((0.0, 4.0), (0.5, 2.5), (1.0, 1.0)):
+            terms = step(student, (x, y), progress)
+            torch.testing.assert_close(sum(terms.values()), labels + weight * divergence, rtol=1e-4, atol=1e-6)
+
+
+def test_stage_1_compares_the_student_with_the_teacher_and_nothing_else():
+    stages = []
+    task = small_task(teacher=small_cnn().eval(), fit=watched(stages))
+    student = entry("fitnets")(copy.deepcopy(task.teacher), task, hint="2", guided="2")
+    batch, (step, params) = next(iter(task.train)), stages[0]
+    weight, bias = params[-2:]
+    with torch.no_grad():
+        weight.copy_(torch.eye(8).view(8, 8, 1, 1))
+        bias.zero_()
+        assert float(sum(step(student, batch, 0.0).values())) < 1e-9
+        student[1].bias += 0.5
+        assert float(sum(step(student, batch, 0.0).values())) > 1e-3
+
+
+def test_stage_1_brings_the_students_features_nearer_to_the_hint():
+    teacher, seen = fit(small_cnn(), small_task(), epochs=3).eval(), []
+
+    def measured_fit(model, task, **options):
+        if len(seen) < 2:
+            weight, bias = list(options["params"])[-2:]
+
+            def distance():
+                with torch.no_grad():
+                    guess = F.conv2d(model.eval()[:3](task.valid.x), weight, bias).relu()
+                    return float(F.mse_loss(guess, teacher[:3](task.valid.x)))
+
+            seen.append(distance())
+            fit(model, task, **options)
+            seen.append(distance())
+        return model
+
+    task = small_task(teacher=teacher, fit=measured_fit)
+    entry("fitnets")(thin_cnn(), task, hint="2", guided="2", hint_epochs=15, hint_lr=1e-2, epochs=0)
+    assert seen[1] < 0.7 * seen[0]
 
 
 def test_identity_regressor_on_a_copied_network_has_no_loss():
