@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -23,10 +23,12 @@ from featherweight.export import onnx
 from featherweight.ingredients.grid.dorefa import (
     DoReFaGradient,
     DoReFaWeights,
+    dorefa_gradient,
     dorefa_weights,
     mean_size,
     unit_range,
 )
+from featherweight.quantize import quantize
 
 one = torch.ones(())
 
@@ -38,6 +40,7 @@ def trained() -> tuple[nn.Module, Task]:
     return fit(small_cnn(), task, epochs=8, lr=0.01).eval(), task
 
 
+@settings(deadline=None)
 @given(st.integers(2, 6))
 def test_there_are_exactly_2_to_the_k_levels_and_zero_is_none(bits: int) -> None:
     weight = torch.linspace(-1, 1, 4001)
@@ -58,6 +61,7 @@ def test_one_bit_is_the_sign_times_the_mean_size() -> None:
     torch.testing.assert_close(DoReFaWeights(1, one)(weight), torch.tensor([0.2, -0.2, 0.2]))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 8), st.integers(0, 50), st.booleans())
 def test_codes_decode_to_the_weight_bit_for_bit(bits: int, seed: int, masked: bool) -> None:
     torch.manual_seed(seed)
@@ -82,6 +86,7 @@ def test_scales_are_those_of_the_survivors(bits: int) -> None:
     torch.testing.assert_close(layer.weight.detach(), torch.tensor([[2.0, -2.0, 0.0, 0.0]]))
 
 
+@settings(deadline=None)
 @given(st.integers(2, 8))
 def test_the_mean_size_of_a_layer_is_kept(bits: int) -> None:
     layer = nn.Linear(30, 20)
@@ -112,6 +117,7 @@ def test_activations_are_clipped_to_the_unit_and_so_is_their_gradient() -> None:
     assert value.grad.tolist() == [0.0, 1.0, 1.0, 0.0]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(0, 20))
 def test_gradients_are_right_on_average_and_on_the_grid_of_their_sample(bits: int, seed: int) -> None:
     torch.manual_seed(seed)
@@ -124,6 +130,28 @@ def test_gradients_are_right_on_average_and_on_the_grid_of_their_sample(bits: in
     assert (draws.abs() <= widest * 1.0001).all()
     step = 2 * widest / top
     assert ((draws.mean(0) - gradient).abs() < 5 * step * 0.5 / 2000**0.5 + 1e-6 * widest).all()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_the_gradients_behind_a_quantized_layer_take_few_values_per_sample(bits: int) -> None:
+    layer = nn.Conv2d(2, 4, 3, bias=False)
+    quantize(layer, Task(valid=[]), weights=None, grads=dorefa_gradient, grad_bits=bits, where=layer)
+    arrived: list[Tensor] = []
+
+    def keep_gradient(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        through = output.clone()
+        through.register_hook(arrived.append)
+        return through
+
+    hooks = layer._forward_hooks
+    layer.register_forward_hook(keep_gradient)
+    hooks.move_to_end(next(reversed(hooks)), last=False)  # between the layer and what quantizes its gradient
+    output = layer(torch.randn(3, 2, 8, 8))
+    wanted = torch.randn_like(output)
+    output.backward(wanted)
+    (gradient,) = arrived
+    assert all(len(sample.unique()) <= 2**bits for sample in gradient)
+    torch.testing.assert_close(gradient.abs().amax((1, 2, 3)), wanted.abs().amax((1, 2, 3)))
 
 
 def test_a_gradient_of_zeros_stays_finite() -> None:
