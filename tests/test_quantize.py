@@ -16,7 +16,8 @@ from featherweight.core.task import Task
 from featherweight.errors import BadOption, MissingNeed, UnknownName
 from featherweight.ingredients.grid.symmetric import symmetric_mse
 from featherweight.ingredients.place.fused import fused
-from featherweight.quantize import quantize
+from featherweight.ingredients.range.observed import mse, percentile
+from featherweight.quantize import Range, quantize
 
 weights = st.integers(0, 1000).map(lambda seed: torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(seed)))
 
@@ -114,6 +115,30 @@ def test_what_was_seen_is_cut_off_by_the_clamp() -> None:
     seen(torch.randn(20000))
     assert (seen.low, seen.high) == (0.0, 6.0)
     assert len(seen.sample) < 10000
+
+
+@pytest.mark.parametrize("calibrator", [percentile, mse])
+def test_a_range_is_that_of_all_features_not_of_those_that_a_stride_meets(calibrator: Range) -> None:
+    seen, generator = Seen(), torch.Generator().manual_seed(3)
+    for _ in range(4):
+        value = torch.rand(256, 512, generator=generator)
+        value[:, 1::2] *= 4
+        before = torch.get_rng_state()
+        seen(value)
+        assert torch.equal(torch.get_rng_state(), before)
+    grid = calibrator(seen, 8)
+    assert float(grid.scale) * 255 == pytest.approx(4.0, abs=0.05)
+
+
+def test_every_position_of_a_batch_may_be_in_the_sample() -> None:
+    seen, positions = Seen(), torch.arange(784.0).view(1, 1, 28, 28).expand(64, 8, 28, 28)
+    seen(positions)
+    assert len(seen.sample.unique()) > 770
+    first, again = seen.parts[0], Seen()
+    again(positions)
+    seen(positions)
+    assert torch.equal(again.parts[0], first)
+    assert not torch.equal(seen.parts[1], first)
 
 
 def test_bits_differ_by_layer() -> None:

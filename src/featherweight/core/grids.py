@@ -151,14 +151,16 @@ class Seen(Form):
         (value,) = free
         if value.is_floating_point() and value.numel():
             flat = value.detach().flatten()
-            flat = flat[:: max(1, flat.numel() // SAMPLE)].float().clamp(*self.clamp).cpu()
+            if flat.numel() > SAMPLE:  # at random: a fixed stride meets the same features or pixels in every batch
+                draw = torch.Generator().manual_seed(len(self.parts))
+                flat = flat[torch.randint(flat.numel(), (SAMPLE,), generator=draw).to(flat.device)]
             limits = [float(v) for v in torch.aminmax(value.detach())]
             least, most = (min(max(v, self.clamp[0]), self.clamp[1]) for v in limits)
             self.low, self.high = min(self.low, least), max(self.high, most)
-            self.parts.append(flat)
+            self.parts.append(flat.float().clamp(*self.clamp).cpu())
         return value
 
     @property
     def sample(self) -> Tensor:
-        """Values that passed, shape (n,), evenly picked from every call; the limits are among them."""
+        """Values that passed, shape (n,), drawn at random from every call; the limits are among them."""
         return torch.cat([*self.parts, torch.tensor([self.low, self.high])])
