@@ -91,6 +91,13 @@ def test_sparsities_by_layer_pattern():
     assert mask_of(model[8]) is None
 
 
+@pytest.mark.parametrize(("scope", "told"), [("std", True), ("layer", False)])
+def test_a_scope_that_has_no_say_is_noted(scope, told):
+    with recording() as ledger:
+        prune(small_mlp(), small_task(), sparsity={"1": 0.5}, scope=scope, score=magnitude, **ONE_SHOT)
+    assert any("has no say" in text for text in ledger.notes) == told
+
+
 def test_the_std_scope_is_one_threshold_in_deviations():
     model = small_mlp()
     with torch.no_grad():
@@ -183,6 +190,9 @@ def test_site_of_a_plain_tensor():
         ({"sparsity": {"1": 0.5}, "where": "1"}, BadOption, "leave where= out"),
         ({"scope": "globl"}, UnknownName, "did you mean 'global'"),
         ({"rounds": 0}, BadOption, "rounds=0"),
+        ({"sparsity": {"1": 0.5}, "scope": "global"}, BadOption, "leave scope out"),
+        ({"sparsity": 0.5, "start": 0.9}, BadOption, "start=0.9 is above sparsity=0.5"),
+        ({"sparsity": {"1": 0.9, "3": 0.2}, "start": 0.3}, BadOption, "start=0.3 is above sparsity=0.2"),
         ({"epochs": -1}, BadOption, "epochs=-1"),
         ({"where": "nope"}, UnknownName, "layer pattern"),
     ],

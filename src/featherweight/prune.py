@@ -14,6 +14,7 @@ from featherweight.core.select import lowest
 from featherweight.core.site import Site, per_layer
 from featherweight.core.surgery import Where
 from featherweight.core.task import Task
+from featherweight.errors import BadOption
 
 Score = Callable[[Site], Tensor]
 Schedule = Callable[[float], float]
@@ -48,9 +49,10 @@ def prune(
             each, such as {"fc1": 0.92, "conv*": 0.6}.
         scope: "layer" removes the same fraction of every layer, "global" ranks all scores together, "std" ranks them
             after division by the deviation of the surviving weights of their layer: one threshold of `q` deviations.
+            If `sparsity` is a mapping, every layer is ranked by itself: "std" has no say, "global" is refused.
         schedule: "constant" (all at once), "cubic", "linear" or `progress -> 0..1`.
         rounds: how often weights are removed; 1 is one-shot.
-        start: the sparsity at which the schedule starts.
+        start: the sparsity at which the schedule starts, no more than the least that is asked for.
         epochs: retraining in total, the same after every round.
         finetune: further epochs after the last round, the learning rate falling to zero.
         lr: learning rate of the retraining.
@@ -58,7 +60,7 @@ def prune(
         where: which layers; all linear and convolution layers when left out.
 
     Raises:
-        BadOption: an option outside its range.
+        BadOption: an option outside its range, or a start above the goal.
         UnknownName: no such ingredient or layer.
         MissingNeed: retraining without training data.
     """
@@ -67,6 +69,12 @@ def prune(
     start, lr = fraction("start", start), positive("lr", lr)
     epochs, finetune = positive("epochs", epochs, zero=True), positive("finetune", finetune, zero=True)
     found, goals = per_layer(model, "sparsity", sparsity, where, fraction)
+    if start > min(goals.values()):
+        raise BadOption(f"start={start:g} is above sparsity={min(goals.values()):g}: masks only grow, start below it")
+    if isinstance(sparsity, Mapping) and scope == "global":
+        raise BadOption('scope="global" ranks layers together, but sparsity names a fraction for each: leave scope out')
+    if isinstance(sparsity, Mapping) and scope == "std":  # the default: it cannot be told whether it was asked for
+        note("every layer is ranked by itself, since sparsity names a fraction for each: scope has no say")
     for turn in range(1, rounds + 1):
         way = schedule(turn / rounds)
         now = {path: start + (goal - start) * way for path, goal in goals.items()}
