@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from conftest import small_mlp, small_task
+from featherweight.coding import load, save
 from featherweight.core.blueprint import blueprint, conform
 from featherweight.core.fit import fit
 from featherweight.core.forms import (
@@ -29,7 +30,8 @@ from featherweight.core.forms import (
     mask_zeros,
     masked_names,
 )
-from featherweight.errors import BadOption
+from featherweight.core.trace import trace
+from featherweight.errors import BadData, BadOption
 
 
 def shared(weight: torch.Tensor, k: int = 3) -> Codebook:
@@ -180,3 +182,37 @@ def test_forms_of_ingredients_are_restored_in_a_fresh_process():
     code = "from featherweight.core.forms import Form; import torch; Form.restored('DoReFaWeights', {}, {})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "unknown form" not in done.stderr
+
+
+def normed(which: str) -> nn.Sequential:
+    wrap = getattr(nn.utils.parametrizations, which)
+    return nn.Sequential(wrap(nn.Linear(6, 5)), nn.ReLU(), nn.Linear(5, 3)).eval()
+
+
+@pytest.mark.parametrize("which", ["weight_norm", "spectral_norm"])
+def test_parametrizations_of_others_are_left_alone(which, tmp_path):
+    model, x = normed(which), torch.randn(4, 6)
+    before = model(x)
+    attach(model[2], Mask(torch.rand(3, 5) > 0.5))
+    masked = model(x)
+    assert not torch.equal(before, masked)
+    assert masked_names(model) == [("2", "weight")]
+    assert not forms_of(model[0])
+    assert torch.equal(conform(normed(which), *blueprint(model))(x), masked)
+    assert torch.equal(bake(model)(x), masked)
+    assert nn.utils.parametrize.is_parametrized(model[0])
+    for bare in (False, True):
+        save(model, tmp_path / "model.fw", bare=bare)
+        assert torch.equal(load(tmp_path / "model.fw", into=normed(which))(x), masked)
+
+
+@pytest.mark.parametrize("at", ["weight", "bias"])
+def test_a_form_beside_a_parametrization_of_others_is_refused(at):
+    layer = normed("weight_norm")[0]
+    with pytest.raises(BadOption, match=r"torch\.nn\.utils\.parametrize\.remove_parametrizations"):
+        attach(layer, Mask(torch.ones_like(getattr(layer, at))), at=at)
+
+
+def test_a_model_with_a_parametrization_of_others_is_not_traced():
+    with pytest.raises(BadData, match="carries torch's own parametrization"):
+        trace(normed("weight_norm"), torch.randn(2, 6))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from featherweight.catalogue import entries
 from featherweight.coding.unpacking import Packed
 from featherweight.core.blueprint import restructure
-from featherweight.core.forms import ACTIVATIONS, Form, attach, declare_codes
+from featherweight.core.forms import ACTIVATIONS, Form, attach, declare_codes, own_modules
 from featherweight.errors import BadData, FormatError, unknown
 
 
@@ -34,9 +34,7 @@ def slots(model: nn.Module) -> list[Slot]:
     Module by module as in the state dict, inside a module by name: forms that were taken off leave the weight last.
     """
     found = []
-    for path, module in model.named_modules(remove_duplicate=False):
-        if any(part.startswith("fw_") or part == "parametrizations" for part in path.split(".")):
-            continue
+    for path, module in own_modules(model, remove_duplicate=False):
         prefix = f"{path}." if path else ""
         held = {**module._parameters, **module._buffers}
         found += [

@@ -26,9 +26,11 @@ from featherweight.core.forms import (
     attach,
     codes_of,
     declare_codes,
+    foreign,
     form_names,
     forms_of,
     originals,
+    own_modules,
 )
 from featherweight.errors import BadData, FormatError, unknown
 
@@ -80,6 +82,8 @@ def layer_spec(module: nn.Module) -> dict[str, Any]:
     Raises:
         FormatError: a type that a file cannot name.
     """
+    if reason := foreign(module):
+        raise FormatError(f"a {type(module).__name__} was swapped in, which a file cannot describe: {reason}")
     base = type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
     if base is nn.Sequential:
         return {"type": "Sequential", "layers": {n: layer_spec(m) for n, m in module._modules.items() if m is not None}}
@@ -256,9 +260,7 @@ def blueprint(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     plain: dict[str, str] = {}
     weights: dict[str, Any] = {}
     codes: dict[str, Any] = {}
-    for path, module in model.named_modules():
-        if any(part.startswith("fw_") or part == "parametrizations" for part in path.split(".")):
-            continue
+    for path, module in own_modules(model):
         prefix = f"{path}." if path else ""
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None or name in module._non_persistent_buffers_set:

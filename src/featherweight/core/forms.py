@@ -7,6 +7,7 @@ A *form* turns free parameters into a weight (a mask, a grid, a codebook), or re
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -264,6 +265,7 @@ class Stack(nn.Module):
 # --- attach and bake --------------------------------------------------------------------------------------------------
 
 ACTIVATIONS = ("input", "output", "grad")
+REMOVE = "torch.nn.utils.parametrize.remove_parametrizations"
 
 
 def attach(module: nn.Module, form: Form, at: str = "weight", *, root: nn.Module | None = None) -> None:
@@ -273,23 +275,25 @@ def attach(module: nn.Module, form: Form, at: str = "weight", *, root: nn.Module
     With `root`, every module of it that owns the same parameter gets the same forms.
 
     Raises:
-        BadOption: the module has no such parameter.
+        BadOption: the module has no such parameter, or carries a parametrization that is no form.
     """
     if at in ACTIVATIONS:
         _attach_activation(module, form, at)
         return
+    if reason := foreign(module, at):
+        raise BadOption(f"{type(form).__name__} cannot be attached to a {type(module).__name__}: {reason}")
     if not has_forms(module, at) and not isinstance(getattr(module, at, None), nn.Parameter):
         raise BadOption(f"{type(module).__name__} has no parameter {at!r} to attach {type(form).__name__} to")
-    owners = [(module, at)] if root is None else _owners(root, module, at)
+    held = [(module, at)] if root is None else owners(root, module, at)
     forms, free = _merged(module, form, at)
     stack = Stack(forms)
-    for owner, name in owners:
+    for owner, name in held:
         _register(owner, name, stack, free)
 
 
 def has_forms(module: nn.Module, name: str = "weight") -> bool:
     """Whether forms stand on this tensor."""
-    return parametrize.is_parametrized(module) and name in module.parametrizations  # type: ignore[operator]
+    return name in _lists(module)
 
 
 def form_names(module: nn.Module) -> list[str]:
@@ -307,9 +311,37 @@ def mask_of(module: nn.Module, name: str = "weight") -> Tensor | None:
     return next((form.keep for form in forms_of(module, name) if isinstance(form, Mask)), None)
 
 
-def _lists(module: nn.Module) -> Any:
-    """The parametrizations of a module by tensor name, empty if it has none."""
-    return module.parametrizations if parametrize.is_parametrized(module) else {}
+def _lists(module: nn.Module) -> dict[str, Any]:
+    """The forms of a module by tensor name; parametrizations of others (weight_norm, spectral_norm) are none of ours."""
+    held: Any = module.parametrizations if parametrize.is_parametrized(module) else {}
+    return {name: chain for name, chain in held.items() if isinstance(chain[0], Stack)}
+
+
+def foreign(module: nn.Module, name: str = "weight") -> str:
+    """Why no form can stand on a tensor that something else computes; empty if nothing does.
+
+    A module with forms cannot share its generated class with other parametrizations, whichever tensor these are on.
+    """
+    if parametrize.is_parametrized(module) and len(module.parametrizations) > len(_lists(module)):  # type: ignore[arg-type]
+        return f"it carries torch's own parametrization: remove it first with {REMOVE}"
+    tensor = None if has_forms(module, name) else getattr(module, name, None)
+    if isinstance(tensor, Tensor) and name not in module._parameters and name not in module._buffers:
+        return f"a hook computes its {name}: remove it first (torch.nn.utils.remove_weight_norm, remove_spectral_norm)"
+    return ""
+
+
+def own_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model by path, without those of which forms consist."""
+    hidden: set[str] = set()
+    for path, module in model.named_modules(remove_duplicate=remove_duplicate):
+        prefix = f"{path}." if path else ""
+        hidden |= {f"{prefix}parametrizations.{name}" for name in _lists(module)}
+        hidden |= {f"{prefix}fw_{at}" for at in ACTIVATIONS}
+        parent = path.rpartition(".")[0]
+        if path in hidden or parent in hidden:
+            hidden.add(path)
+        else:
+            yield path, module
 
 
 def _stack(module: nn.Module, name: str) -> Stack:
@@ -348,7 +380,7 @@ def _free(form: Form, base: Tensor) -> list[nn.Parameter]:
     return [nn.Parameter(f.detach().clone()) for f in free]
 
 
-def _owners(root: nn.Module, module: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
+def owners(root: nn.Module, module: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
     """Every (module, name) that holds the same parameter, forms or not."""
     wanted = originals(module, name)[0] if has_forms(module, name) else getattr(module, name)
     found = []
@@ -363,7 +395,7 @@ def _owners(root: nn.Module, module: nn.Module, name: str) -> list[tuple[nn.Modu
 def _register(module: nn.Module, name: str, stack: Stack, free: list[nn.Parameter]) -> None:
     """Registers a stack over given free parameters, on a class that no copy of the module shares."""
     rest = {n: (_stack(module, n), originals(module, n)) for n in _lists(module) if n != name}
-    if parametrize.is_parametrized(module):
+    if _lists(module):
         _plain(module)
     for tensor_name, (held, parameters) in {**rest, name: (stack, free)}.items():
         with torch.no_grad():
@@ -396,7 +428,7 @@ def bake(model: nn.Module) -> nn.Module:
     tied: dict[int, nn.Parameter] = {}
     alive: list[list[nn.Parameter]] = []
     for module in list(model.modules()):
-        if parametrize.is_parametrized(module):
+        if form_names(module):
             free = {name: originals(module, name) for name in _lists(module)}
             with torch.no_grad():
                 codes = {name: _stack(module, name).codes(*held) for name, held in free.items()}

@@ -15,6 +15,7 @@ from torch.export.graph_signature import InputKind
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
+from featherweight.core.forms import foreign, form_names
 from featherweight.core.task import as_call, device_of, eval_mode, to_device
 from featherweight.errors import BadData, TraceError
 
@@ -33,6 +34,8 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None) 
         TraceError: torch.export refuses; says at what, and what still works without a graph.
     """
     for path, module in model.named_modules():
+        if is_parametrized(module) and not form_names(module):
+            raise BadData(f"{path or 'the model'} cannot be traced: {foreign(module)}")
         if is_parametrized(module):
             raise BadData(f"{path or 'the model'} still holds a parametrization: call bake(model) before tracing it")
     args, kwargs = to_device(as_call(example_inputs), device_of(model))
