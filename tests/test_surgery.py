@@ -8,8 +8,11 @@ from torch import nn
 
 from featherweight.coding import load, save
 from featherweight.core.blueprint import blueprint, conform, restructure, structure
-from featherweight.core.surgery import swap
-from featherweight.errors import FormatError
+from featherweight.core.fold import fold_batchnorm
+from featherweight.core.forms import Mask, attach
+from featherweight.core.ledger import recording
+from featherweight.core.surgery import altered, swap, targets
+from featherweight.errors import BadOption, FormatError
 
 
 class Twice(nn.Module):
@@ -85,3 +88,72 @@ def test_a_layer_twice_in_a_swapped_sequence_is_described_twice():
     swap(model, "0", nn.Sequential(nn.Linear(3, 3), shared, nn.Linear(3, 3), shared))
     twin = conform(nn.Sequential(nn.Linear(3, 3)), *blueprint(model))
     assert len(twin[0]) == 4
+
+
+# --- which layers are chosen ------------------------------------------------------------------------------------------
+
+
+def test_weights_that_something_else_computes_are_not_chosen():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    with recording() as ledger:
+        assert list(targets(model)) == ["1"]
+    assert "remove_parametrizations" in ledger.skipped["0"]
+    with pytest.raises(BadOption, match="carries torch's own parametrization"):
+        targets(model, "0")
+
+
+def test_masked_layers_are_chosen():
+    model = nn.Sequential(nn.Linear(4, 4))
+    attach(model[0], Mask(torch.rand(4, 4) > 0.5))
+    assert list(targets(model)) == ["0"]
+    assert not altered(model[0])
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+class Padded(nn.Conv2d):
+    def _conv_forward(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return super()._conv_forward(x + 1, weight, bias)
+
+
+class Named(nn.Conv2d):
+    pass
+
+
+def test_layers_that_compute_something_else_are_told():
+    assert "forward of its own" in altered(Standardised(3, 4, 3))
+    assert "_conv_forward of its own" in altered(Padded(3, 4, 3))
+    assert "is none of" in altered(nn.ReLU())
+    changed = nn.Linear(2, 2)
+    changed.forward = lambda x: x
+    assert "computes something else than Linear" in altered(changed)
+    for plain in (Named(3, 4, 3), nn.Linear(2, 2), nn.ConvTranspose2d(3, 4, 3), nn.BatchNorm2d(3)):
+        assert altered(plain) == ""
+
+
+class Biasless(nn.Conv2d):
+    """Never reads its bias."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.conv2d(x, self.weight)
+
+
+class NormAct(nn.BatchNorm2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize("conv", [Biasless, Standardised, Padded, nn.Conv2d])
+@pytest.mark.parametrize("norm", [NormAct, nn.BatchNorm2d])
+def test_folding_never_changes_what_a_model_computes(conv, norm):
+    model = nn.Sequential(conv(3, 4, 3), norm(4)).eval()
+    nn.init.uniform_(model[1].running_mean)
+    nn.init.uniform_(model[1].running_var, 0.5, 2)
+    x = torch.randn(2, 3, 6, 6)
+    expected = model(x)
+    torch.testing.assert_close(fold_batchnorm(model, x)(x), expected)
+    plain = conv is nn.Conv2d and norm is nn.BatchNorm2d
+    assert isinstance(model[1], nn.Identity) == plain

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from featherweight.core.forms import bake, mask_zeros, masked_names
 from featherweight.core.ledger import skip
-from featherweight.core.surgery import swap
+from featherweight.core.surgery import altered, swap
 from featherweight.core.trace import graph_inputs, operator_name, trace
 
 FOLDABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
@@ -51,7 +51,7 @@ def _pairs(model: nn.Module, example_inputs: Any) -> dict[str, nn.Module | str]:
             continue
         path = paths[id(norm)]
         once = path not in found
-        found[path] = _layer_before(node, names, owners) if once else "it is used more than once"
+        found[path] = altered(norm) or _layer_before(node, names, owners) if once else "it is used more than once"
     for path in paths.values():
         found.setdefault(path, "it has no running statistics, or the example inputs do not reach it")
     return found
@@ -89,6 +89,8 @@ def _layer_before(node: fx.Node, names: dict[str, str], owners: dict[str, list[n
     layers = [m for m in held if isinstance(m, FOLDABLE)]
     if len(layers) != 1 or len(held) != 1 or not isinstance(weight, fx.Node):
         return "the weight before it is shared, or belongs to no layer"
+    if reason := altered(layers[0]):
+        return reason
     reasons = {
         "the output of the layer before it is read elsewhere too": len(before.users) > 1,
         "the layer before it is used more than once": len(weight.users) > 1,

@@ -10,11 +10,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from featherweight.core.forms import foreign
 from featherweight.core.ledger import skip
 from featherweight.errors import BadOption, unknown
 
 Where = nn.Module | str | type | Callable[[str, nn.Module], bool] | Sequence[Any] | None
 """One way to choose layers: a module, an exact name, a glob, `re:...`, a type or its name, a predicate, or several."""
+
+PLAIN: tuple[type[nn.Module], ...] = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+)
+"""The layers of which `altered` knows what they compute."""
 
 WEIGHTED: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 
@@ -24,11 +31,11 @@ def targets(
 ) -> dict[str, nn.Module]:
     """The layers of given types that `where` chooses, by path; all of them when it is None. Shared modules appear once.
 
-    Layers with weights that are of no given type are reported as skipped.
+    Layers with weights that are of no given type, or whose weight something else computes, are reported as skipped.
 
     Raises:
         UnknownName: a pattern matches nothing (the nearest paths are named).
-        BadOption: the model has no layer of these types.
+        BadOption: the model has no layer of these types, or `where` chooses only layers that cannot be worked on.
     """
     # named_modules yields each shared module once, at its first path
     layers = {path: m for path, m in model.named_modules() if isinstance(m, types)}
@@ -36,10 +43,13 @@ def targets(
     for path, module in model.named_modules():
         if isinstance(module, WEIGHTED) and not isinstance(module, types):
             skip(path, f"a {type(module).__name__}: this method works on {names}")
+    refused = {path: reason for path, m in layers.items() if (reason := foreign(m))}
+    for path, reason in refused.items():
+        skip(path, reason)
     if where is None:
         if not layers:
             raise BadOption(f"the model has no {names} layer, which this method works on: choose another method")
-        return layers
+        return _able(layers, refused)
     chosen: dict[str, nn.Module] = {}
     for pattern in where if isinstance(where, (list, tuple, set)) else [where]:
         matched = {path: m for path, m in layers.items() if _matches(pattern, path, m)}
@@ -48,7 +58,29 @@ def targets(
         chosen |= matched
     for path in layers.keys() - chosen.keys():
         skip(path, "not chosen by where=")
-    return {path: m for path, m in layers.items() if path in chosen}
+    return _able({path: m for path, m in layers.items() if path in chosen}, refused)
+
+
+def _able(layers: dict[str, nn.Module], refused: dict[str, str]) -> dict[str, nn.Module]:
+    able = {path: m for path, m in layers.items() if path not in refused}
+    if not able:
+        path = next(iter(layers))
+        raise BadOption(f"no layer that was chosen can be worked on: {path}: {refused[path]}")
+    return able
+
+
+def altered(layer: nn.Module) -> str:
+    """Why a layer may not be exchanged for the plain operator of its type, or changed as one; empty if it may.
+
+    A subclass that computes something else (a convolution that standardises its weight) may carry forms all the same.
+    """
+    kind = next((t for t in PLAIN if isinstance(layer, t)), None)
+    if kind is None:
+        return f"a {type(layer).__name__} is none of {', '.join(t.__name__ for t in PLAIN)}"
+    for name in ("forward", "_conv_forward"):
+        if name in vars(layer) or getattr(type(layer), name, None) is not getattr(kind, name, None):
+            return f"{type(layer).__name__} computes something else than {kind.__name__}: it has a {name} of its own"
+    return ""
 
 
 def _matches(pattern: Any, path: str, module: nn.Module) -> bool:
