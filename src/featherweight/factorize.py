@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from featherweight.catalogue import fill
 from featherweight.core.check import fraction, positive, whole
 from featherweight.core.fit import MakeOptimizer
-from featherweight.core.forms import ACTIVATIONS, activation_form, mask_of
+from featherweight.core.forms import ACTIVATIONS, activation_form, mask_of, owners
 from featherweight.core.ledger import note, skip
-from featherweight.core.surgery import Where, swap, taps, targets
+from featherweight.core.surgery import Where, altered, swap, taps, targets
 from featherweight.core.task import Task, check_needs, device_of, eval_mode, to_device
 from featherweight.errors import BadOption, CompressionError
 
@@ -123,12 +123,12 @@ def _within(rank: int, matrix: Tensor) -> int:
 
 def _refusal(model: nn.Module, layer: nn.Module, seen: Tensor | None) -> str:
     """Why a layer cannot be replaced, whatever the factors are; empty if it can."""
-    weight = layer.weight
-    owners = sum(any(p is weight for p in m._parameters.values()) for m in model.modules())
     if seen is None:
         return "the model did not call it on its example inputs, or reads its weight directly"
-    if owners > 1:
+    if len(owners(model, layer, "weight")) > 1:
         return "its weight is shared with another layer"
+    if reason := altered(layer):
+        return reason
     if any(activation_form(layer, at) is not None for at in ACTIVATIONS):
         return "its activations are quantized: factorize before that"
     return ""

@@ -141,6 +141,29 @@ def test_tied_and_masked_layers():
     assert not any(p.isnan().any() for p in model.parameters())
 
 
+def test_tied_layers_that_are_masked_stay():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    model[1].weight = model[0].weight
+    attach(model[0], Mask(torch.rand(16, 16) > 0.5), root=model)
+    with recording() as ledger:
+        factorize(model, small_task((16,)), rank=4, epochs=0)
+    assert ledger.skipped == dict.fromkeys(("0", "1"), "its weight is shared with another layer")
+    assert isinstance(model[2], nn.Sequential)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+def test_layers_that_compute_something_else_stay():
+    model = nn.Sequential(Doubled(16, 16), nn.Linear(16, 16))
+    with recording() as ledger:
+        factorize(model, small_task((16,)), rank=4, epochs=0)
+    assert "computes something else than Linear" in ledger.skipped["0"]
+    assert type(model[0]) is Doubled
+
+
 def test_bad_options():
     task = small_task()
     for rank in (0, 1.5, (1, 2, 3), (4, 0)):
