@@ -135,7 +135,6 @@ def test_gradients_are_right_on_average_and_on_the_grid_of_their_sample(bits: in
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_the_gradients_behind_a_quantized_layer_take_few_values_per_sample(bits: int) -> None:
     layer = nn.Conv2d(2, 4, 3, bias=False)
-    quantize(layer, Task(valid=[]), weights=None, grads=dorefa_gradient, grad_bits=bits, where=layer)
     arrived: list[Tensor] = []
 
     def keep_gradient(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
@@ -143,9 +142,8 @@ def test_the_gradients_behind_a_quantized_layer_take_few_values_per_sample(bits:
         through.register_hook(arrived.append)
         return through
 
-    hooks = layer._forward_hooks
-    layer.register_forward_hook(keep_gradient)
-    hooks.move_to_end(next(reversed(hooks)), last=False)  # between the layer and what quantizes its gradient
+    layer.register_forward_hook(keep_gradient)  # stands between the layer and what quantizes its gradient
+    quantize(layer, Task(valid=[]), weights=None, grads=dorefa_gradient, grad_bits=bits)
     output = layer(torch.randn(3, 2, 8, 8))
     wanted = torch.randn_like(output)
     output.backward(wanted)
