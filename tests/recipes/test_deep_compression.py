@@ -41,6 +41,23 @@ def test_zeros_of_the_first_stage_survive_the_second():
     assert sum(int((layer.weight == 0).sum()) for layer in layers(model).values()) == int(0.8 * total)
 
 
+def test_the_last_training_moves_the_shared_values_and_no_zero():
+    seen = []
+
+    def watched_fit(model, task, **options):
+        before = {path: layer.weight.detach().unique() for path, layer in layers(model).items()}
+        fit(model, task, **options)
+        seen.append((before, {path: layer.weight.detach().unique() for path, layer in layers(model).items()}))
+        return model
+
+    options = {**QUICK, "sparsity": 0.8, "conv_bits": 3, "fc_bits": 2, "share_lr": 1e-3}
+    entry("deep_compression")(small_cnn(), small_task(fit=watched_fit), **options)
+    before, after = seen[-1]
+    for path, values in before.items():
+        assert len(after[path]) == len(values) <= (5 if path == "8" else 9)
+        assert bool(((after[path] != values) == (values != 0)).all()), path
+
+
 def test_it_still_works_at_a_tenth_of_the_weights():
     model = compressed(small_mlp(), sparsity=0.9, rounds=4, epochs=8, finetune=4)
     assert evaluate(model, small_task()).value >= 0.9

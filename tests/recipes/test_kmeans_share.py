@@ -51,3 +51,20 @@ def test_trained_values_are_better_than_values_left_alone():
     assert loss() < left_alone
     bake(model)
     assert [model[i].weight.unique().numel() for i in (1, 3)] == [2, 2]
+
+
+def test_training_moves_the_shared_values_and_leaves_every_weight_at_its_own():
+    seen = []
+
+    def watched_fit(model, task, **options):
+        before = [model[i].weight.detach().unique(return_inverse=True) for i in (1, 3)]
+        fit(model, task, **options)
+        seen.append((before, [model[i].weight.detach().unique(return_inverse=True) for i in (1, 3)]))
+        return model
+
+    entry("kmeans_share")(small_mlp(), small_task(fit=watched_fit), weight_bits=2, epochs=3, lr=1e-3)
+    ((before, after),) = seen
+    for (values, index), (trained, later) in zip(before, after, strict=True):
+        assert len(trained) == len(values) == 4
+        assert bool((trained != values).all())
+        assert torch.equal(later, index)
