@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from featherweight.coding import SaveReport, save
 from featherweight.core.cost import Cost, cost
 from featherweight.core.progress import track
-from featherweight.core.task import Score, as_call, eval_mode
+from featherweight.core.task import Score, as_call, eval_mode, pairs
 from featherweight.errors import BadData
 from featherweight.export import session
 
@@ -202,9 +202,11 @@ def paired_test(before: Score, after: Score) -> dict[str, Any] | None:
     """
     from scipy.stats import binomtest
 
-    if before.k is None or after.k is None or before.per_sample is None or after.per_sample is None:
+    found = pairs(before, after)
+    if before.k is None or after.k is None or found is None:
         return None
-    lost = int(((before.per_sample == 1) & (after.per_sample == 0)).sum())
-    won = int(((before.per_sample == 0) & (after.per_sample == 1)).sum())
+    right = 1 if before.higher_is_better else 0  # an error of 0 is what is right
+    old, new = (values == right for values in found)
+    lost, won = int((old & ~new).sum()), int((new & ~old).sum())
     p = binomtest(lost, lost + won).pvalue if lost + won else 1.0
     return {"test": "McNemar, exact", "lost": lost, "won": won, "p": float(p)}

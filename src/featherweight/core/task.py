@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from featherweight.core.progress import track
 from featherweight.errors import BadData, BadOption, MissingNeed
@@ -60,7 +63,8 @@ def cross_entropy(output: Any, target: Tensor) -> Tensor:
 
 
 def _correct(output: Any, target: Tensor) -> Tensor:
-    return (prediction(output).argmax(1) == target).float()
+    right = (prediction(output).argmax(1) == target).float()
+    return right.flatten(1).mean(1) if right.dim() > 1 else right  # the positions of one sample are not independent
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,11 @@ accuracy = Metric("accuracy", per_sample=_correct)
 
 @dataclass(frozen=True)
 class Score:
-    """A measured metric: `value`, the number of samples `n`, correct `k` where that has a meaning, a 95 % interval."""
+    """A measured metric: `value`, the number of samples `n`, correct `k` where that has a meaning, a 95 % interval.
+
+    `per_sample` holds the values of the samples in order, `targets` a hash of what they were compared with, so that two
+    scores are paired only where both saw the same samples in the same order.
+    """
 
     name: str
     value: float
@@ -118,6 +126,7 @@ class Score:
     high: float | None = None
     interval: str = "no interval"
     per_sample: Tensor | None = None
+    targets: str | None = None
 
     def __str__(self) -> str:
         counted = f" ({self.k}/{self.n})" if self.k is not None else ""
@@ -323,7 +332,10 @@ def score(metric: Metric, outputs: Iterable[tuple[Any, Any]]) -> Score:
             raise BadData("the data are empty: at least one batch is needed")
         value = float(metric.aggregate([o for o, _ in pairs], [t for _, t in pairs]))
         return Score(metric.name, value, len(pairs), metric.higher_is_better)
-    parts = [metric.per_sample(output, target).detach().flatten().float().cpu() for output, target in outputs]
+    parts, seen = [], hashlib.sha256()
+    for output, target in outputs:
+        parts.append(metric.per_sample(output, target).detach().flatten().float().cpu())
+        _hash(seen, target)
     if not parts or sum(len(p) for p in parts) == 0:
         raise BadData("the data are empty: at least one batch is needed")
     values = torch.cat(parts)
@@ -341,7 +353,20 @@ def score(metric: Metric, outputs: Iterable[tuple[Any, Any]]) -> Score:
         high,
         "wilson" if counted else "bootstrap",
         values,
+        seen.hexdigest(),
     )
+
+
+def _hash(seen: Any, target: Any) -> None:
+    """Adds the values of a batch's target to a hash, however the target is nested and wherever its tensors are."""
+    for leaf in tree_leaves(target):
+        values = (
+            leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy() if isinstance(leaf, Tensor) else leaf
+        )
+        if isinstance(values, np.ndarray):
+            seen.update(np.ascontiguousarray(values).tobytes())
+        elif isinstance(values, (str, bytes, int, float)):
+            seen.update(repr(values).encode())
 
 
 def wilson(k: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -371,12 +396,39 @@ def drop(before: Score, after: Score) -> float:
     return before.value - after.value if before.higher_is_better else after.value - before.value
 
 
-def paired_drop(before: Score, after: Score) -> tuple[float, float] | None:
-    """The 95 % interval of the drop, from the samples that both models saw (normal, paired); None without samples."""
-    if before.per_sample is None or after.per_sample is None or len(before.per_sample) != len(after.per_sample):
+def pairs(before: Score, after: Score) -> tuple[Tensor, Tensor] | None:
+    """The values of two scores, sample by sample; None where they have none, or did not see the same samples in order.
+
+    A loader that shuffles gives every model another order: such scores cannot be paired.
+    """
+    if before.per_sample is None or after.per_sample is None or before.targets != after.targets:
         return None
-    difference = (before.per_sample - after.per_sample).double() * (1 if before.higher_is_better else -1)
-    if len(difference) < 2:
+    return (before.per_sample, after.per_sample) if len(before.per_sample) == len(after.per_sample) else None
+
+
+def paired_drop(before: Score, after: Score, metric: Metric | None = None) -> tuple[float, float] | None:
+    """The 95 % interval of the drop, from the samples that both models saw; None without samples.
+
+    Normal and paired for a mean. A metric with an aggregate of its own must be passed, and gets a paired bootstrap of
+    the difference of the aggregates (with a seeded generator of its own); without it there is no interval.
+    """
+    found = pairs(before, after)
+    if found is None or len(found[0]) < 2:
         return None
+    old, new = found
+    sign = 1 if before.higher_is_better else -1
+    if metric is not None and metric.aggregate is not None:
+        aggregate = metric.aggregate
+        places = torch.arange(len(old))
+        return bootstrap(places, lambda at: sign * (float(aggregate(old[at])) - float(aggregate(new[at]))))
+    if not (_is_mean(before) and _is_mean(after)):
+        return None  # differences of samples say nothing about another aggregate
+    difference = (old - new).double() * sign
     half = 1.959963984540054 * float(difference.std()) / math.sqrt(len(difference))
     return float(difference.mean()) - half, float(difference.mean()) + half
+
+
+def _is_mean(found: Score) -> bool:
+    return found.per_sample is not None and math.isclose(
+        found.value, float(found.per_sample.double().mean()), rel_tol=1e-6, abs_tol=1e-9
+    )
