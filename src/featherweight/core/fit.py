@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from featherweight.core.check import positive
+from featherweight.core.forms import own_modules
 from featherweight.core.ledger import note
 from featherweight.core.progress import track
 from featherweight.core.task import Batch, Task, length, run
@@ -50,7 +51,10 @@ def fit(
     after_step: Callable[[float], None] | None = None,
     label: str = "fit",
 ) -> nn.Module:
-    """Trains `model` in place on `task.train` and returns it, in the mode (train or eval) that it came in.
+    """Trains `model` in place on `task.train` and returns it, every module in the mode (train or eval) that it came in.
+
+    A model in evaluation mode trains as a whole. In a model in training mode, modules in evaluation mode stay in it (a
+    frozen batch norm keeps its statistics).
 
     Args:
         epochs: passes over the training data; a fraction trains on that part of a pass.
@@ -76,7 +80,7 @@ def fit(
     positive("epochs", epochs, zero=True)
     if epochs == 0:
         return model
-    was_training = model.training
+    was_training, modes, frozen = model.training, {m: m.training for _, m in own_modules(model)}, _frozen_modes(model)
     accelerator = Accelerator()
     step = step or _task_loss(task)
     trained = [p for p in (params if params is not None else model.parameters()) if p.requires_grad]
@@ -90,6 +94,8 @@ def fit(
     batches_per_epoch = _length(task.train)
     total = max(1, round(epochs * batches_per_epoch))
     wrapped.train()
+    for module in frozen:
+        module.training = False
     for index, epoch, batch in track(_batches(task.train, total, accelerator, before_epoch), label, total):
         progress = index / total
         for group, base in scales:
@@ -111,7 +117,7 @@ def fit(
             after_step(progress)
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     main.zero_grad(set_to_none=True)
-    return model.train(was_training)
+    return _put_back(model, was_training, modes)
 
 
 def _task_loss(task: Task) -> Step:
@@ -141,17 +147,46 @@ def _length(batches: Iterable[Batch]) -> int:
 def _batches(
     batches: Iterable[Batch], total: int, accelerator: Any, before_epoch: Callable[[int], None] | None
 ) -> Iterator[tuple[int, int, Batch]]:
-    """`total` batches as (index, epoch, batch), over as many epochs as it takes; each process takes every n-th."""
+    """`total` batches as (index, epoch, batch), over as many epochs as it takes.
+
+    Of `n` processes each takes every n-th batch. All take equally many steps, or one would wait for another for ever:
+    what is left of an epoch is dropped, and `total` is rounded up to whole steps.
+
+    Raises:
+        BadData: an epoch has too few batches for a single step, or the data can be gone through only once.
+    """
     count, mine, index = accelerator.num_processes, accelerator.process_index, 0
     for epoch in itertools.count():
         if before_epoch is not None:
             before_epoch(epoch)
+        position, held = -1, None
         for position, batch in enumerate(batches):
-            if position % count == mine:
-                yield index, epoch, batch
+            held = batch if position % count == mine else held
             index += 1
-            if index >= total:
-                return
+            if position % count == count - 1:
+                yield index - count, epoch, held
+                if index >= total:
+                    return
+        if position + 1 < count:
+            raise BadData(
+                f"epoch {epoch} has {position + 1} training batches for {count} processes: pass at least one for each, "
+                "from data that can be gone through more than once"
+            )
+        if index >= total:
+            return
+
+
+def _frozen_modes(model: nn.Module) -> list[nn.Module]:
+    """The modules that stay in evaluation mode while the model trains: those that were in it when the model was not."""
+    return [m for _, m in own_modules(model) if not m.training] if model.training else []
+
+
+def _put_back(model: nn.Module, was_training: bool, modes: dict[nn.Module, bool]) -> nn.Module:
+    """Every module in its own mode again; one that came in the meantime, or belongs to a form, in the model's."""
+    model.train(was_training)
+    for module in model.modules():
+        module.training = modes.get(module, module.training)
+    return model
 
 
 def _total(terms: dict[str, Tensor]) -> Tensor:

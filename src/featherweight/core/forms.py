@@ -312,7 +312,7 @@ def mask_of(module: nn.Module, name: str = "weight") -> Tensor | None:
 
 
 def _lists(module: nn.Module) -> dict[str, Any]:
-    """The forms of a module by tensor name; parametrizations of others (weight_norm, spectral_norm) are none of ours."""
+    """The forms of a module by tensor name; weight_norm, spectral_norm and others are none of ours."""
     held: Any = module.parametrizations if parametrize.is_parametrized(module) else {}
     return {name: chain for name, chain in held.items() if isinstance(chain[0], Stack)}
 
@@ -335,7 +335,7 @@ def own_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[
     hidden: set[str] = set()
     for path, module in model.named_modules(remove_duplicate=remove_duplicate):
         prefix = f"{path}." if path else ""
-        hidden |= {f"{prefix}parametrizations.{name}" for name in _lists(module)}
+        hidden |= {f"{prefix}parametrizations"} if _lists(module) else set()
         hidden |= {f"{prefix}fw_{at}" for at in ACTIVATIONS}
         parent = path.rpartition(".")[0]
         if path in hidden or parent in hidden:
