@@ -97,7 +97,7 @@ def operator_name(node: fx.Node) -> str:
     'add'
     """
     target = node.target
-    packet = getattr(target, "_opname", None) or getattr(target, "__name__", str(target))
+    packet = str(getattr(target, "_opname", None) or getattr(target, "__name__", target))
     return packet[:-1] if packet.endswith("_") and not packet.endswith("__") else packet
 
 
