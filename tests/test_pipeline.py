@@ -94,14 +94,29 @@ def test_an_unreachable_budget_ends_with_the_nearest_and_what_binds(learned):
 
 def test_strict_wants_the_upper_end_of_the_interval(learned):
     model, task = learned
-    lenient = quick(model, task, zero, guard="drop<=2pt")
-    interval = lenient.report["stages"][0]["paired_interval"]
-    drop = lenient.report["stages"][0]["drop"]
-    assert interval[0] <= drop <= interval[1]
-    guard = f"drop<={(drop + interval[1]) / 2 if interval[1] > max(drop, 0) else 0}pt"
-    if interval[1] > max(drop, 0):
-        assert not quick(model, task, zero, guard=guard).report["stages"][0]["rolled_back"]
-        assert quick(model, task, zero, guard=guard, strict=True).report["stages"][0]["rolled_back"]
+    heavy = (zero, {"share": 0.97})
+    lenient = quick(model, task, heavy, guard="drop<=100pt").report["stages"][0]
+    low, high = lenient["paired_interval"]
+    assert 0 < lenient["drop"] < high
+    assert low < lenient["drop"]
+    between = f"drop<={(lenient['drop'] + high) / 2}pt"
+    assert not quick(model, task, heavy, guard=between).report["stages"][0]["rolled_back"]
+    assert quick(model, task, heavy, guard=between, strict=True).report["stages"][0]["rolled_back"]
+
+
+def test_strict_is_refused_where_there_is_no_interval(learned):
+    model, task = learned
+    whole = Metric("share", aggregate=lambda outputs, targets: 0.5)
+    with pytest.raises(BadOption, match="strict needs an interval"):
+        quick(model, Task(valid=task.valid, metric=whole), zero, guard="drop<=1pt", strict=True)
+
+
+def test_the_budget_is_judged_on_the_file_that_is_written(learned, tmp_path):
+    result = quick(*learned, zero, out=tmp_path)
+    size = (tmp_path / "model.fw").stat().st_size
+    assert result.report["stages"][0]["size"] == size == result.report["result"]["bytes"]
+    assert quick(*learned, zero, until=f"size<={size}B").reached
+    assert not quick(*learned, zero, until=f"size<={size - 1}B").reached
 
 
 def test_the_same_seed_gives_the_same_model_and_another_seed_another(learned):
@@ -199,6 +214,59 @@ def test_a_damaged_checkpoint_is_not_used(learned, tmp_path):
     assert contract.same(contract.state(first.model), contract.state(second.model))
 
 
+def test_resuming_an_unreached_budget_gives_the_nearest_again(learned, tmp_path):
+    chain = [(zero, {"share": 0.9}), ruin]
+    whole = quick(*learned, chain, until="size<=0.001x", out=tmp_path)
+    again = quick(*learned, chain, until="size<=0.001x", out=tmp_path, resume=True)
+    assert (again.model[1].weight == 0).float().mean() > 0.8
+    assert contract.same(contract.state(whole.model), contract.state(again.model))
+
+
+def test_resuming_a_reached_budget_runs_nothing_more(learned, tmp_path):
+    chain = [(zero, {"share": 0.9}), ruin]
+    quick(*learned, chain, until="size<=0.9x", out=tmp_path)
+    again = quick(*learned, chain, until="size<=0.9x", out=tmp_path, resume=True)
+    assert [stage["method"] for stage in again.report["stages"]] == ["zero"]
+
+
+def test_other_data_or_another_function_is_another_run(learned, tmp_path, monkeypatch):
+    model, task = learned
+    quick(model, task, lambda m, t: zero(m, t, share=0.2), out=tmp_path)
+    ran = []
+    monkeypatch.setattr(pipeline.progress, "say", ran.append)
+    quick(model, task, lambda m, t: zero(m, t, share=0.3), out=tmp_path, resume=True)
+    other = Task(valid=task.valid, train=Batches(task.train.x + 1, task.train.y))
+    quick(model, other, lambda m, t: zero(m, t, share=0.3), out=tmp_path, resume=True)
+    assert not any(line.startswith("resuming") for line in ran)
+    quick(model, other, lambda m, t: zero(m, t, share=0.3), out=tmp_path, resume=True)
+    assert any(line.startswith("resuming") for line in ran)
+
+
+def test_a_folder_never_holds_files_of_two_runs(learned, tmp_path):
+    fw.compress(*learned, zero, out=tmp_path)
+    (tmp_path / "stages" / "mine.txt").write_text("not ours")
+    before = {name: (tmp_path / name).read_bytes() for name in ("model.fw", "model.onnx", "report.json")}
+    with pytest.raises(CompressionError):
+        fw.compress(*learned, [(zero, {"share": 0.7}), nothing], out=tmp_path)
+    assert before == {name: (tmp_path / name).read_bytes() for name in before}
+    quick(*learned, (zero, {"share": 0.7}), out=tmp_path)
+    assert not (tmp_path / "model.onnx").exists()
+    assert (tmp_path / "stages" / "mine.txt").exists()
+
+
+def test_a_procedure_of_the_users_own_measures(learned):
+    model, task = learned
+    own = Task(valid=task.valid, train=task.train, evaluate=lambda m: float((m[1].weight == 0).float().mean()))
+    result = fw.compress(model, own, zero)
+    assert 0.4 < result.report["result"]["metric"] < 0.6
+    assert result.report["onnx"]["metric_valid"] is None
+
+
+def test_options_are_told_as_they_were_given(learned):
+    result = quick(*learned, ("magnitude_iterative", {"sparsity": {"1": 0.5}, "epochs": 0, "finetune": 0}))
+    assert result.report["chain"] == [["magnitude_iterative", {"sparsity": {"1": 0.5}, "epochs": 0, "finetune": 0}]]
+
+
 KILLED = """
 import sys
 sys.path.insert(0, {tests!r})
@@ -208,7 +276,7 @@ from conftest import small_cnn, small_task
 torch.manual_seed(0)
 chain = [("magnitude_iterative", dict(sparsity=0.5, rounds=2, epochs=4)),
          ("kmeans_share", dict(weight_bits=4, epochs=2)), ("kd", dict(epochs=2))]
-fw.compress(small_cnn(), small_task(), chain, out=sys.argv[1], resume=True, measure=False)
+fw.compress(small_cnn(), small_task(), chain, out=sys.argv[1], resume=True, measure=False, until="size<=0.001x")
 print("done")
 """
 

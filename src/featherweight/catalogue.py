@@ -90,6 +90,8 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, (list, tuple, set, frozenset)):
         return [plain(v) for v in value]
+    if isinstance(value, Mapping):
+        return {str(key): plain(held) for key, held in value.items()}
     return getattr(value, "__name__", repr(value))
 
 

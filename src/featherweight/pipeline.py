@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from featherweight import budget, catalogue, export
 from featherweight.catalogue import Entry
 from featherweight.checkpoint import Checkpoints
-from featherweight.coding import load, save
+from featherweight.coding import SaveReport, load, save
 from featherweight.core import ledger, progress
 from featherweight.core.cost import cost
 from featherweight.core.forms import bake
@@ -33,6 +34,7 @@ from featherweight.figures import figures_of, latency, paired_test, rows
 
 Step = str | tuple[str, Mapping[str, Any]] | Callable[..., nn.Module]
 
+FRESH = ".tmp-new"  # where the files of a result stand until all of them are whole
 LATENCY_SECONDS = 2.0  # for each pair that is timed
 
 # The (earlier, later) effects where the later method would lose what the earlier one achieved. Other orders keep it:
@@ -103,7 +105,8 @@ def compress(
     """
     chain = _chain(method, options)
     limits, guards = budget.parse(until), budget.parse(guard)
-    _check(model if student is None else student, task, chain)
+    for network in (model, student) if student is not None else (model,):
+        _check(network, task, chain)
     with progress.showing(show):
         session = _Session(
             model,
@@ -151,7 +154,8 @@ def _entry(name: Any) -> Entry:
     if isinstance(name, Entry):
         return name
     if callable(name) and not hasattr(name, "__entry__"):
-        return Entry(id=name.__name__, family="user", paper="", function=name)
+        called = getattr(name, "__name__", type(name).__name__)
+        return Entry(id=called, family="user", paper="", function=name)
     return name.__entry__ if callable(name) else catalogue.entry(str(name), kind="method")
 
 
@@ -190,11 +194,6 @@ class _State:
     stages: list[dict[str, Any]]
     done: bool = False
 
-    @property
-    def accepted(self) -> dict[str, Any] | None:
-        """The record of the last stage that was not rolled back."""
-        return next((stage for stage in reversed(self.stages) if not stage["rolled_back"]), None)
-
 
 class _Session:
     """One call of `compress`: what does not change while it runs, and its steps."""
@@ -226,23 +225,28 @@ class _Session:
         with tempfile.TemporaryDirectory() as scratch:
             self.scratch = Path(scratch)
             folder = self.scratch if out is None else prepare(out)
-            checkpoints = Checkpoints(None if out is None else folder / "stages", self.key)
+            self.checkpoints = Checkpoints(folder / "stages", self.keys())
             progress.say("measuring the original")
             self.before = evaluate(self.original, self.task, "valid", "evaluate the original")
+            if self.strict and self.guards and self.before.per_sample is None:
+                raise BadOption(f"strict needs an interval, and {self.before.name} has none: give it per_sample=...")
             self.base = self._figures(self.original, raw_bytes(self.original))
-            state = self._resumed(checkpoints, resume)
-            nearest = state
+            state = self._resumed(resume)
             while len(state.stages) < len(self.chain) and not state.done:
-                state = self._stage(state, len(state.stages), folder / "model.fw")
-                checkpoints.store(len(state.stages) - 1, state.model, {"stages": state.stages, "done": state.done})
-                nearest = min(state, nearest, key=self._excess)
-            final = replace(nearest, stages=state.stages) if self.limits else state
-            return self._finish(final, nearest.accepted if self.limits else state.accepted, folder, started)
+                state = self._stage(state, len(state.stages))
+                record = {"stages": state.stages, "done": state.done, "base": self.base}
+                self.checkpoints.store(len(state.stages) - 1, state.model, record)
+            return self._finish(state, folder, started)
+
+    def _nearest(self, stages: list[dict[str, Any]]) -> int | None:
+        """The place of the stage to hand back: the last that was kept or, with a budget, the nearest to it."""
+        kept = [index for index, stage in enumerate(stages) if not stage["rolled_back"]]
+        return min(reversed(kept), key=lambda index: self._excess(stages[index]), default=None)
 
     # --- one stage ----------------------------------------------------------------------------------------------------
 
-    def _stage(self, state: _State, index: int, file: Path) -> _State:
-        """Runs the method at place `index` on a copy; `file` holds the last that was kept, replaced by this one."""
+    def _stage(self, state: _State, index: int) -> _State:
+        """Runs the method at place `index` on a copy, measures what came out, and keeps it or rolls it back."""
         entry, options = self.chain[index]
         progress.say(f"[{index + 1}/{len(self.chain)}] {entry.id} {_named(options)}".rstrip())
         started = time.perf_counter()
@@ -260,8 +264,7 @@ class _Session:
             seconds = time.perf_counter() - started
             baked = bake(copy.deepcopy(candidate))
             after = evaluate(baked, self.task, "valid", f"evaluate {entry.id}")
-            fresh = file.with_name(".tmp-candidate.fw")
-            reached = self._figures(baked, save(baked, fresh, example_inputs=self.inputs, coder=self.coder).bytes)
+            reached = self._figures(baked, self._save(baked, self.checkpoints.file(index, "fw"), after.value).bytes)
         reached["drop"] = 100 * drop(self.before, after)
         record = {
             "method": entry.id,
@@ -278,10 +281,8 @@ class _Session:
         broken = self._broken(reached, after)
         if broken:
             progress.say(f"    rolled back: {broken}")
-            fresh.unlink()
             record |= {"rolled_back": True, "why": broken}
             return _State(state.model, [*state.stages, record])
-        fresh.replace(file)
         done = bool(self.limits) and all(limit.holds(reached, self.base) for limit in self.limits)
         told = ", ".join(limit.told(reached, self.base) for limit in self.limits)
         progress.say(f"    {after}" + (f"; {told}" if told else ""))
@@ -295,11 +296,24 @@ class _Session:
             figures["drop"] = 100 * interval[1]
         return ", ".join(g.told(figures, self.base) for g in self.guards if not g.holds(figures, self.base))
 
-    def _excess(self, state: _State) -> float:
-        """How far a state is from the budget: what was reached divided by what is allowed, of the limit that binds."""
-        if state.accepted is None:
-            return float("inf")
-        return max((limit.excess(state.accepted, self.base) for limit in self.limits), default=0.0)
+    def _excess(self, stage: Mapping[str, Any]) -> float:
+        """How far a stage is from the budget: what was reached divided by what is allowed, of the limit that binds."""
+        return max((limit.excess(stage, self.base) for limit in self.limits), default=0.0)
+
+    def _save(self, model: nn.Module, path: Path, valid: float) -> SaveReport:
+        """Writes a file with its provenance: a stage's file is, byte for byte, what the result's would be."""
+        provenance = {**self.header(), "metric": {"name": self.task.metric.name, "valid": valid}}
+        path.parent.mkdir(exist_ok=True)
+        return save(model, path, example_inputs=self.inputs, coder=self.coder, provenance=provenance)
+
+    def header(self) -> dict[str, Any]:
+        """What was asked for: tool, source, chain and seed."""
+        return {
+            "featherweight": version("featherweight"),
+            "source": {"sha256": digest(self.template), "model": type(self.template).__name__},
+            "chain": [[e.id, {k: catalogue.plain(v) for k, v in o.items()}] for e, o in self.chain],
+            "seed": self.seed,
+        }
 
     def _figures(self, model: nn.Module, size: int) -> dict[str, float]:
         """The figures that budgets are about, as far as they are wanted; `size` in bytes, as measured on the file."""
@@ -326,39 +340,55 @@ class _Session:
 
     # --- resume -------------------------------------------------------------------------------------------------------
 
-    def key(self, index: int) -> str:
-        """What the state after stage `index` depends on: weights, data, seed, guard and the chain up to there."""
-        if not hasattr(self, "source"):
-            self.source = digest(self.template)
-            batch = [t.detach().cpu().contiguous().numpy().tobytes() for t in _tensors(first(self.task.valid, "valid"))]
-            self.data = hashlib.sha256(b"".join(batch)).hexdigest()
-        chain = [[e.id, {k: catalogue.plain(v) for k, v in o.items()}] for e, o in self.chain[: index + 1]]
-        limits = [g.text for g in self.guards], [limit.text for limit in self.limits]
-        parts = [self.source, digest(self.original), self.data, self.seed, self.strict, limits, chain, versions()]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    def keys(self) -> list[str]:
+        """For each place in the chain, what the state after it depends on: weights, data, seed, budget, methods."""
+        texts = [limit.text for limit in (*self.guards, *self.limits)]
+        used = [self.task.loss, self.task.metric.name, self.task.fit, self.task.evaluate]
+        nets = [digest(net) for net in (self.template, self.original, self.task.teacher) if net is not None]
+        start = [*nets, self._data(), self.seed, self.strict, texts, [identity(u) for u in used], versions()]
+        chain = [[identity(e.function), e.id, {k: identity(v) for k, v in o.items()}] for e, o in self.chain]
+        made = [json.dumps([start, chain[: index + 1]], sort_keys=True) for index in range(len(chain))]
+        return [hashlib.sha256(text.encode()).hexdigest() for text in made]
 
-    def _resumed(self, checkpoints: Checkpoints, resume: bool) -> _State:
-        found = checkpoints.latest(len(self.chain), lambda: copy.deepcopy(self.template)) if resume else None
+    def _data(self) -> str:
+        """SHA-256 over the first batch of every split, seeded because training data may shuffle."""
+        found = hashlib.sha256()
+        for name in ("valid", "train", "calibration", "test"):
+            seed_everything(self.seed, -2)
+            batches = getattr(self.task, name)
+            for tensor in _tensors(first(batches, name)) if batches is not None else []:
+                found.update(f"{name} {tuple(tensor.shape)}".encode())
+                found.update(raw(tensor))
+        return found.hexdigest()
+
+    def _resumed(self, resume: bool) -> _State:
+        found = self.checkpoints.latest(self._fresh) if resume else None
         if found is None:
-            checkpoints.clear()
-            return _State(copy.deepcopy(self.template), [])
+            self.checkpoints.clear()
+            return _State(self._fresh(), [])
         index, model, record = found
         progress.say(f"resuming after {index + 1} of {len(self.chain)} methods")
+        self.base = record["base"]  # a latency is compared with the original's of the run that it was measured in
         return _State(model, record["stages"], record["done"])
+
+    def _fresh(self) -> nn.Module:
+        return copy.deepcopy(self.template)
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
-    def _finish(self, state: _State, accepted: dict[str, Any] | None, folder: Path, started: float) -> Result:
-        """Writes the files, reads them back, measures what was read, and reports it."""
-        final = bake(copy.deepcopy(state.model)).eval()
-        split = "test" if self.task.test is not None else "valid"
-        report = self._header(state, accepted, split)
+    def _finish(self, state: _State, folder: Path, started: float) -> Result:
+        """Writes the files beside those of an earlier run, reads them back, measures what was read, replaces them."""
+        nearest = self._nearest(state.stages)
+        accepted = None if nearest is None else state.stages[nearest]
+        final = bake(self._model(state, nearest)).eval()
+        split = "test" if self.task.test is not None and self.task.evaluate is None else "valid"
+        report = {**self.header(), **self._verdict(state.stages, accepted), "split": split}
         valid = self.before.value if accepted is None else accepted["metric"]
         report["valid"] = valid
-        provenance = {key: report[key] for key in ("featherweight", "source", "chain", "seed")}
-        provenance["metric"] = {"name": self.task.metric.name, "valid": valid}
-        saved = save(final, folder / "model.fw", example_inputs=self.inputs, coder=self.coder, provenance=provenance)
-        reloaded = load(folder / "model.fw", into=copy.deepcopy(self.template)).eval()
+        fresh = folder / FRESH
+        fresh.mkdir(exist_ok=True)
+        saved = self._save(final, fresh / "model.fw", valid)
+        reloaded = load(fresh / "model.fw", into=self._fresh()).eval()
         original = evaluate(self.original, self.task, split, "test the original")
         result = evaluate(reloaded, self.task, split, "test the file")
         report["original"] = {**_told(original), "bytes": raw_bytes(self.original)}
@@ -368,23 +398,29 @@ class _Session:
             "paired_interval": _percent(paired_drop(original, result)),
             "paired_test": paired_test(original, result),
         }
-        files = self._exported(report, final, folder / "model.onnx", valid)
+        files = self._exported(report, final, fresh / "model.onnx", valid)
         if self.measure:
             self._measured(report, final, saved, files)
         report["seconds"] = time.perf_counter() - started
-        write_json(folder / "report.json", report)
+        write_json(fresh / "report.json", report)
+        take_over(fresh, folder)
         return Result(final, report, self.inputs)
 
-    def _header(self, state: _State, accepted: dict[str, Any] | None, split: str) -> dict[str, Any]:
-        """What the report says about the run as a whole."""
+    def _model(self, state: _State, index: int | None) -> nn.Module:
+        """A copy of the model after the stage at a place of the chain."""
+        later = [] if index is None else state.stages[index + 1 :]
+        if index is None or all(stage["rolled_back"] for stage in later):
+            return copy.deepcopy(state.model)
+        held = self.checkpoints.read(index, self._fresh)
+        if held is None:
+            raise BadData(f"the checkpoint of stage {index + 1} is gone: run the chain again without resume")
+        return held[0]
+
+    def _verdict(self, stages: list[dict[str, Any]], accepted: dict[str, Any] | None) -> dict[str, Any]:
+        """What came of the chain and the budget."""
         missed = [limit for limit in self.limits if accepted is None or not limit.holds(accepted, self.base)]
         binds = [limit.told(accepted, self.base) for limit in missed] if accepted else ["every method was rolled back"]
         return {
-            "featherweight": version("featherweight"),
-            "source": {"sha256": digest(self.template), "model": type(self.template).__name__},
-            "chain": [[e.id, {k: catalogue.plain(v) for k, v in o.items()}] for e, o in self.chain],
-            "seed": self.seed,
-            "split": split,
             "budget": {
                 "until": [limit.text for limit in self.limits],
                 "guard": [g.text for g in self.guards],
@@ -393,7 +429,7 @@ class _Session:
                 "binds": binds if missed else [],
             },
             "coder": self.coder,
-            "stages": state.stages,
+            "stages": stages,
             "layers": [],
             "environment": environment(),
         }
@@ -430,11 +466,13 @@ class _Session:
             progress.say(f"no ONNX file: {error}")
             report["onnx"] = {"written": False, "why": str(error)}
             return {}
-        score = evaluate(export.session(path), self.task, "valid", "evaluate the ONNX file")
+        # a procedure of the user's own takes modules, not sessions
+        own = self.task.evaluate is not None
+        score = None if own else evaluate(export.session(path), self.task, "valid", "evaluate the ONNX file").value
         report["onnx"] = {
             "written": True,
-            **{k: v for k, v in asdict(told).items() if k != "path"},
-            "metric_valid": score.value,
+            **told.facts(),
+            "metric_valid": score,
             "metric_valid_of_the_module": valid,
         }
         return {"original": reference, "result": path}
@@ -464,13 +502,27 @@ def seed_everything(seed: int, index: int) -> None:
     torch.manual_seed(mixed)
 
 
+def raw(tensor: Tensor) -> bytes:
+    """The bytes of a tensor, row by row."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
 def digest(model: nn.Module) -> str:
     """SHA-256 over names, shapes and bytes of a model's state."""
     found = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        found.update(raw(tensor))
     return found.hexdigest()
+
+
+def identity(value: Any) -> Any:
+    """An option's value as JSON; a function by its name and code, so that a changed function is another one."""
+    code = getattr(value, "__code__", None)
+    if code is None:
+        return catalogue.plain(value)
+    made = hashlib.sha256(code.co_code + repr(code.co_consts).encode()).hexdigest()
+    return [getattr(value, "__module__", ""), value.__qualname__, made]
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -513,7 +565,7 @@ def prepare(out: Path) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for left in out.glob(".tmp-*"):
-            left.unlink()
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         probe = out / ".tmp-probe"
         probe.write_bytes(b"\0" * 4096)
         probe.unlink()
@@ -532,6 +584,16 @@ def write_json(path: Path, data: Any) -> None:
         raise BadData(
             f"{path} cannot be written ({error.strerror}): free some space or choose another folder"
         ) from None
+
+
+def take_over(fresh: Path, folder: Path) -> None:
+    """Puts the whole files of a result in the place of an earlier one's; the report, which names them, comes last."""
+    for name in ("model.fw", "model.onnx", "report.json"):
+        if (fresh / name).exists():
+            (fresh / name).replace(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+    fresh.rmdir()
 
 
 def write(out: Path, model: nn.Module, report: dict[str, Any], example_inputs: Any) -> Path:
