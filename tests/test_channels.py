@@ -16,6 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from coupled import COUPLED, Attention, Dense, Grouped, Recurrent, Reused, Sorted, TorchAttention, WrittenSize, tokens
 from featherweight.core.blueprint import restructure, structure
 from featherweight.core.channels import Channels, channel_groups, remove_channels
+from featherweight.core.forms import Mask, attach
 from featherweight.core.labels import Unions
 from featherweight.core.ledger import recording
 from featherweight.errors import BadData, BadOption, CompressionError, TraceError, UnknownName
@@ -297,8 +298,15 @@ def test_a_model_without_a_graph_says_what_still_works() -> None:
 
 
 def test_parametrized_models_are_to_be_baked_first() -> None:
-    model = nn.Sequential(weight_norm(nn.Linear(3, 3)), nn.Linear(3, 3))
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    attach(model[0], Mask(torch.eye(3)))
     with pytest.raises(BadData, match="0 still holds a parametrization: call bake"):
+        channel_groups(model, torch.ones(2, 3))
+
+
+def test_parametrizations_that_baking_leaves_are_to_be_removed_first() -> None:
+    model = nn.Sequential(weight_norm(nn.Linear(3, 3)), nn.Linear(3, 3))
+    with pytest.raises(BadData, match="0 cannot be traced: .*remove_parametrizations"):
         channel_groups(model, torch.ones(2, 3))
 
 
