@@ -306,7 +306,7 @@ def test_parametrized_models_are_to_be_baked_first() -> None:
 
 def test_parametrizations_that_baking_leaves_are_to_be_removed_first() -> None:
     model = nn.Sequential(weight_norm(nn.Linear(3, 3)), nn.Linear(3, 3))
-    with pytest.raises(BadData, match="0 cannot be traced: .*remove_parametrizations"):
+    with pytest.raises(BadData, match=r"0 cannot be traced: .*remove_parametrizations"):
         channel_groups(model, torch.ones(2, 3))
 
 
