@@ -272,7 +272,7 @@ class _Session:
             "seconds": seconds,
             "metric": after.value,
             "metric_told": str(after),
-            "paired_interval": _percent(paired_drop(self.before, after)),
+            "paired_interval": _percent(paired_drop(self.before, after, self.task.metric)),
             **reached,
             "skipped": remarks.skipped,
             "notes": remarks.notes,
@@ -291,7 +291,7 @@ class _Session:
     def _broken(self, reached: Mapping[str, float], after: Score) -> str:
         """Which guard does not hold, or an empty string."""
         figures = dict(reached)
-        interval = paired_drop(self.before, after)
+        interval = paired_drop(self.before, after, self.task.metric)
         if self.strict and interval is not None:
             figures["drop"] = 100 * interval[1]
         return ", ".join(g.told(figures, self.base) for g in self.guards if not g.holds(figures, self.base))
@@ -395,7 +395,7 @@ class _Session:
         report["result"] = {**_told(result), "bytes": saved.bytes}
         report["drop"] = {
             "points": 100 * drop(original, result),
-            "paired_interval": _percent(paired_drop(original, result)),
+            "paired_interval": _percent(paired_drop(original, result, self.task.metric)),
             "paired_test": paired_test(original, result),
         }
         files = self._exported(report, final, fresh / "model.onnx", valid)
@@ -471,7 +471,7 @@ class _Session:
         score = None if own else evaluate(export.session(path), self.task, "valid", "evaluate the ONNX file").value
         report["onnx"] = {
             "written": True,
-            **told.facts(),
+            **{key: value for key, value in told.facts().items() if key != "path"},
             "metric_valid": score,
             "metric_valid_of_the_module": valid,
         }
@@ -479,7 +479,7 @@ class _Session:
 
 
 def _told(score: Score) -> dict[str, Any]:
-    detail = {k: v for k, v in vars(score).items() if k not in ("per_sample", "value")}
+    detail = {k: v for k, v in vars(score).items() if k not in ("per_sample", "targets", "value")}
     return {"metric": score.value, "metric_detail": detail, "params": None, "macs": None, "latency": None}
 
 
