@@ -18,7 +18,7 @@ import numpy as np
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from featherweight import compress, evaluate, export, pipeline, sources
+from featherweight import compress, evaluate, export, outputs, provenance, sources
 from featherweight.core.task import Task
 from featherweight.figures import batched, compare
 
@@ -102,9 +102,9 @@ def main() -> None:
         found = {
             "title": "int8 beside ONNX Runtime's static quantization (Fashion-MNIST, one thread, interleaved)",
             "table": sorted(rows, key=lambda row: (row["network"], row["batch"])),
-            "environment": pipeline.environment(),
+            "environment": provenance.environment(),
         }
-        pipeline.write_json(path, found)
+        outputs.write_json(path, found)
         print(json.dumps(rows[-2:], indent=1))
 
 

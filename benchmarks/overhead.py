@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from featherweight import Task, compress, fit, pipeline, sources, zoo
+from featherweight import Task, compress, fit, outputs, provenance, sources, zoo
 
 HERE = Path(__file__).parent
 ROUNDS, STEPS = 15, 24
@@ -79,7 +79,7 @@ if __name__ == "__main__":
         "compress adds, seconds (median of 3)": statistics.median(added),
     }
     title = "Overhead of fit and of compress with measuring off, on the workhorse"
-    pipeline.write_json(
-        HERE / "results" / "overhead.json", {"title": title, "table": [row], "environment": pipeline.environment()}
+    outputs.write_json(
+        HERE / "results" / "overhead.json", {"title": title, "table": [row], "environment": provenance.environment()}
     )
     print(row)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from featherweight import FeatherweightError, compress, pipeline, save, sources
+from featherweight import FeatherweightError, compress, outputs, provenance, save, sources
 from featherweight.core import progress
 
 HERE = Path(__file__).parent
@@ -56,8 +56,8 @@ def run(name: str) -> None:
     for seed in asked["seeds"]:
         if seed not in [row["seed"] for row in result["rows"]]:
             result["rows"].append(one(name, asked, seed))
-            result |= {"summary": summary(result["rows"]), "environment": pipeline.environment(), "commit": commit()}
-            pipeline.write_json(result_path, result)
+            result |= {"summary": summary(result["rows"]), "environment": provenance.environment(), "commit": commit()}
+            outputs.write_json(result_path, result)
     print(f"{name}: " + "; ".join(f"{k} {told(v)}" for k, v in result["summary"].items()))
 
 

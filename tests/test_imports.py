@@ -44,7 +44,18 @@ def rooms(tree: ast.AST) -> set[str]:
 def test_nothing_below_imports_what_stands_on_it(path):
     room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
     if room not in MAY:
-        assert room in {"__init__", "budget", "figures", "checkpoint", "pipeline", "sources", "commands", "cli"}
+        assert room in {
+            "__init__",
+            "budget",
+            "figures",
+            "outputs",
+            "provenance",
+            "checkpoint",
+            "pipeline",
+            "sources",
+            "commands",
+            "cli",
+        }
         return
     assert rooms(ast.parse(path.read_text())) <= MAY[room] | {room}
 

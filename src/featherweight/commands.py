@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from featherweight import catalogue, coding, figures, pipeline, sources
+from featherweight import catalogue, coding, figures, outputs, pipeline, provenance, sources
 from featherweight import export as exporting
 from featherweight.core import progress
 from featherweight.core.task import Task, evaluate
@@ -40,13 +40,13 @@ def compress(
         catalogue.check_options(catalogue.entry(name, "method"), given)
     with progress.showing(show):
         task = sources.task(asked["data"], batch_size=asked["batch_size"])
-        pipeline.prepare(out)
+        outputs.prepare(out)
         model = _model(asked["network"], asked["weights"], task, out, train, options["seed"], resume)
         student = None if asked["student"] is None else sources.network(asked["student"])
     result = pipeline.compress(model, task, list(chain), out=out, resume=resume, student=student, show=show, **options)
     # so that `verify` and `bench` can build the network again
     result.report["command"] = {k: str(v) if isinstance(v, Path) else v for k, v in asked.items()} | {"train": train}
-    pipeline.write_json(out / "report.json", result.report)
+    outputs.write_json(out / "report.json", result.report)
     return result
 
 
@@ -54,7 +54,7 @@ def _model(
     network: str, weights: Path | None, task: Task, out: Path, train: int | None, seed: int, resume: bool
 ) -> nn.Module:
     """The network to compress; one that is trained here keeps its weights beside the results, to resume and verify."""
-    pipeline.seed_everything(seed, -1)
+    provenance.seed_everything(seed, -1)
     model = sources.network(network)
     if weights is not None:
         model = sources.load_weights(model, weights)

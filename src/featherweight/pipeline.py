@@ -6,9 +6,6 @@ import copy
 import hashlib
 import json
 import os
-import platform
-import random
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,10 +27,20 @@ from featherweight.core.forms import bake
 from featherweight.core.task import Score, Task, check_needs, drop, evaluate, first, paired_drop, run
 from featherweight.errors import BadData, BadOption, CompressionError, FeatherweightError
 from featherweight.figures import figures_of, latency, paired_test, rows
+from featherweight.outputs import FRESH, prepare, take_over, write_json
+from featherweight.provenance import (
+    digest,
+    environment,
+    fingerprint,
+    identity,
+    raw,
+    raw_bytes,
+    seed_everything,
+    versions,
+)
 
 Step = str | tuple[str, Mapping[str, Any]] | Callable[..., nn.Module]
 
-FRESH = ".tmp-new"  # where the files of a result stand until all of them are whole
 LATENCY_SECONDS = 2.0  # for each pair that is timed
 
 # The (earlier, later) effects where the later method would lose what the earlier one achieved. Other orders keep it:
@@ -62,7 +68,15 @@ class Result:
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Writes model.fw, model.onnx (where the model can be exported) and report.json into a folder."""
-        return write(Path(directory), self.model, self.report, self.example_inputs)
+        out = prepare(Path(directory))
+        provenance = {key: self.report[key] for key in ("featherweight", "source", "chain", "seed")}
+        provenance["metric"] = {"name": self.report["result"]["metric_detail"]["name"], "valid": self.report["valid"]}
+        inputs, coder = self.example_inputs, self.report["coder"]
+        save(self.model, out / "model.fw", example_inputs=inputs, coder=coder, provenance=provenance)
+        if self.report["onnx"]["written"]:
+            export.onnx(self.model, out / "model.onnx", example_inputs=inputs)
+        write_json(out / "report.json", self.report)
+        return out
 
 
 def compress(
@@ -489,120 +503,3 @@ def _percent(interval: tuple[float, float] | None) -> list[float] | None:
 
 def _named(options: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={catalogue.plain(value)}" for key, value in options.items())
-
-
-# --- small facts ------------------------------------------------------------------------------------------------------
-
-
-def seed_everything(seed: int, index: int) -> None:
-    """Seeds Python, NumPy and PyTorch for the method at place `index`, so that resuming there repeats it."""
-    mixed = int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:4], "little")
-    random.seed(mixed)
-    np.random.seed(mixed)
-    torch.manual_seed(mixed)
-
-
-def raw(tensor: Tensor) -> bytes:
-    """The bytes of a tensor, row by row."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def digest(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and bytes of a model's state."""
-    found = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(raw(tensor))
-    return found.hexdigest()
-
-
-def identity(value: Any) -> Any:
-    """An option's value as JSON; a function by its name and code, so that a changed function is another one."""
-    code = getattr(value, "__code__", None)
-    if code is None:
-        return catalogue.plain(value)
-    made = hashlib.sha256(code.co_code + repr(code.co_consts).encode()).hexdigest()
-    return [getattr(value, "__module__", ""), value.__qualname__, made]
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a model's state and of the kinds of its modules: unchanged if and only if a method touched nothing."""
-    kinds = " ".join(f"{path}:{type(module).__name__}" for path, module in model.named_modules())
-    return hashlib.sha256((kinds + digest(model)).encode()).hexdigest()
-
-
-def raw_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers as they are, each tied tensor once."""
-    held = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in held.values())
-
-
-def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
-    return {name: version(name) for name in ("featherweight", "torch", "numpy", "onnx", "onnxruntime", "constriction")}
-
-
-def environment() -> dict[str, Any]:
-    """Versions, processor and threads, for the report."""
-    return {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "versions": versions(),
-    }
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def prepare(out: Path) -> Path:
-    """Makes the output folder, finds out now whether it can be written, and returns it.
-
-    Raises:
-        BadData: it cannot.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for left in out.glob(".tmp-*"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        probe = out / ".tmp-probe"
-        probe.write_bytes(b"\0" * 4096)
-        probe.unlink()
-        return out
-    except OSError as error:
-        raise BadData(f"the output folder {out} cannot be written ({error.strerror}): choose another") from None
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes JSON through a temporary file, so that a reader never sees half of it."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        temporary.write_text(json.dumps(data, indent=1, default=float) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise BadData(
-            f"{path} cannot be written ({error.strerror}): free some space or choose another folder"
-        ) from None
-
-
-def take_over(fresh: Path, folder: Path) -> None:
-    """Puts the whole files of a result in the place of an earlier one's; the report, which names them, comes last."""
-    for name in ("model.fw", "model.onnx", "report.json"):
-        if (fresh / name).exists():
-            (fresh / name).replace(folder / name)
-        else:
-            (folder / name).unlink(missing_ok=True)
-    fresh.rmdir()
-
-
-def write(out: Path, model: nn.Module, report: dict[str, Any], example_inputs: Any) -> Path:
-    """Writes the three files of a result into a folder."""
-    prepare(out)
-    provenance = {key: report[key] for key in ("featherweight", "source", "chain", "seed")}
-    provenance["metric"] = {"name": report["result"]["metric_detail"]["name"], "valid": report["valid"]}
-    save(model, out / "model.fw", example_inputs=example_inputs, coder=report["coder"], provenance=provenance)
-    if report.get("onnx", {}).get("written"):
-        export.onnx(model, out / "model.onnx", example_inputs=example_inputs)
-    write_json(out / "report.json", report)
-    return out

@@ -1,0 +1,75 @@
+"""What a result depends on: seeds, digests of weights, identities of functions, versions and the machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import random
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from featherweight import catalogue
+
+
+def seed_everything(seed: int, index: int) -> None:
+    """Seeds Python, NumPy and PyTorch for the method at place `index`, so that resuming there repeats it."""
+    mixed = int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:4], "little")
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+
+
+def raw(tensor: Tensor) -> bytes:
+    """The bytes of a tensor, row by row."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 over names, shapes and bytes of a model's state."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(raw(tensor))
+    return found.hexdigest()
+
+
+def identity(value: Any) -> Any:
+    """An option's value as JSON; a function by its name and code, so that a changed function is another one."""
+    code = getattr(value, "__code__", None)
+    if code is None:
+        return catalogue.plain(value)
+    made = hashlib.sha256(code.co_code + repr(code.co_consts).encode()).hexdigest()
+    return [getattr(value, "__module__", ""), value.__qualname__, made]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a model's state and of the kinds of its modules: unchanged if and only if a method touched nothing."""
+    kinds = " ".join(f"{path}:{type(module).__name__}" for path, module in model.named_modules())
+    return hashlib.sha256((kinds + digest(model)).encode()).hexdigest()
+
+
+def raw_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers as they are, each tied tensor once."""
+    held = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in held.values())
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    return {name: version(name) for name in ("featherweight", "torch", "numpy", "onnx", "onnxruntime", "constriction")}
+
+
+def environment() -> dict[str, Any]:
+    """Versions, processor and threads, for the report."""
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
