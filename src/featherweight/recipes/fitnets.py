@@ -45,7 +45,10 @@ def fitnets(
     (4 to 1 as for CIFAR; the paper's MNIST ends at 0).
 
     Departs from the paper: Adam in place of RMSprop and fewer epochs; lambda falls over the whole of stage 2, where the
-    authors hold it for the first 5 of 400 epochs; no early stopping; the hint loss is a mean over units.
+    authors hold it for the first 5 of 400 epochs; no early stopping; the hint loss is a mean over units. The regressor
+    has a ReLU if one batch of the hint has no negative value and is linear otherwise, where the paper gives it the
+    teacher's nonlinearity; a hint with a larger map than the guided layer's is average-pooled to its size; layers
+    without maps have a linear layer for regressor. Layers that are not named are chosen here, the paper's by hand.
 
     Args:
         hint: path of the teacher's layer; its middle one when left out.

@@ -1,1 +1,1 @@
-"""Clusterings of numbers: `(values, centroids to start from) -> centroids`."""
+"""Slot `cluster`: how numbers are grouped, `(values, centroids to start from) -> centroids`, ascending."""

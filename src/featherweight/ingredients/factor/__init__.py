@@ -1,0 +1,1 @@
+"""Slot `factor`: what a layer becomes, `(layer, ranks, *, sweeps) -> nn.Module` of thinner ordinary layers."""

@@ -1,1 +1,1 @@
-"""Grids: `(site, bits) -> Form` for a weight; DoReFa brings its activations and gradients along."""
+"""Slot `grid`: which values a weight may take, `(site, bits) -> Form`; with slot `gradient`, `(bits) -> Form`."""

@@ -17,11 +17,14 @@ class Hint(nn.Module):
     """`1/2 mean (f_T - r(f_S))^2` of a teacher's and a student's layer; the regressor r trains along (eq. 3).
 
     r is a valid convolution of the size that turns the student's map into the teacher's, (h_S - h_T + 1)^2, followed by
-    ReLU where the hint has no negative value; a linear layer for features (batch, ..., d). Where the student's map is
-    the smaller one, the teacher's is average-pooled to it and r is 1x1.
+    ReLU where the hint has no negative value.
     Source: Romero et al., ICLR 2015, arXiv:1412.6550, sec. 2.2 and eq. 3.
 
-    Departs from the paper: the mean over all units in place of the sum, so that the scale does not depend on the layer.
+    Departs from the paper: the mean over all units in place of the sum, so that the scale does not depend on the layer;
+    the paper's regressor has the teacher's nonlinearity, here it is ReLU if one batch of the hint has no negative value
+    and none otherwise, so that hints behind sigmoid, tanh or softmax are met by ReLU or linearly; where the student's
+    map is the smaller one, the teacher's is average-pooled to it and r is 1x1; for features (batch, ..., d) that are no
+    maps r is a linear layer, where the paper has convolutions only.
 
     Args:
         guided, hint: names of the student's and the teacher's layer among the taps.

@@ -1,1 +1,1 @@
-"""Places: `(model, task, layers) -> list[Place]`, the tensors that carry activation grids."""
+"""Slot `place`: which tensors carry activation grids, `(model, task, layers) -> list[Place]`."""

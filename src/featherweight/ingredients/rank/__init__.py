@@ -1,0 +1,1 @@
+"""Slot `rank`: how many components of a matrix are kept, `(matrix) -> int`."""

@@ -1,1 +1,1 @@
-"""Schedules: `(progress 0..1) -> part of the way 0..1` from the first sparsity to the last."""
+"""Slot `schedule`: how fast a goal is approached, `(progress 0..1) -> part of the way 0..1`."""

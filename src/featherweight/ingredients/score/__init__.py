@@ -1,1 +1,1 @@
-"""Scores: `(site) -> tensor of the weight's shape`; what scores lowest goes first."""
+"""Slot `score`: what a weight is worth, `(site) -> tensor of the weight's shape`; what scores lowest goes first."""

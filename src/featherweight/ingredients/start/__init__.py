@@ -1,1 +1,1 @@
-"""Where a clustering starts: `(values, k) -> centroids`, ascending."""
+"""Slot `start`: where a clustering starts, `(values, k) -> centroids`, ascending."""
