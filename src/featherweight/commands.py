@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,7 @@ from featherweight.core import progress
 from featherweight.core.task import Task, evaluate
 from featherweight.errors import BadData, FormatError, unknown
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 140)  # tables in a log file keep their columns
 TRAIN_EPOCHS = 10  # of a zoo network that comes without weights
 TRAIN_LR = 2e-3
 
