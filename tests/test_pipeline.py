@@ -353,6 +353,49 @@ def test_data_of_the_wrong_shape(learned):
         quick(learned[0], Task(valid=data), zero)
 
 
+@pytest.mark.parametrize(
+    ("field", "batch", "message"),
+    [
+        ("train", (torch.randn(8, 1, 9, 9), torch.zeros(8).long()), "does not run on a training batch"),
+        ("test", (torch.randn(8, 1, 9, 9), torch.zeros(8).long()), "does not run on a test batch"),
+        ("train", (torch.randn(8, 1, 8, 8), torch.full((8,), 99)), "loss does not take a training batch"),
+        ("train", (torch.randn(8, 1, 8, 8), torch.zeros(5).long()), "loss does not take a training batch"),
+        ("test", (torch.randn(8, 1, 8, 8), torch.zeros(5).long()), "metric 'accuracy' does not take a test batch"),
+    ],
+)
+def test_data_of_every_split_are_looked_at_before_any_work(learned, tmp_path, field, batch, message):
+    with pytest.raises(BadData, match=message):
+        quick(learned[0], Task(valid=learned[1].valid, **{field: [batch]}), zero, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+class Named(nn.Module):
+    """Calls its layers by their names, as most users' networks do."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, classes)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("method", ["int8", "dorefa", "kmeans_share"])
+def test_networks_that_call_layers_by_name(tmp_path, method):
+    """Tracing such a network makes subclasses of every form: the file must come back all the same."""
+    options = {**pipeline.catalogue.entry(method).small, **({"keep_first_last": False} if method == "dorefa" else {})}
+    result = fw.compress(Named(), small_task(), method, out=tmp_path, **options)
+    loaded = fw.load(tmp_path / "model.fw", into=Named()).eval()
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(loaded(x), result.model(x))
+
+
+def test_a_file_of_another_configuration_is_refused(tmp_path):
+    fw.save(Named(4), tmp_path / "a.fw")
+    with pytest.raises(BadData, match="pass the same class and options"):
+        fw.load(tmp_path / "a.fw", into=Named(5))
+
+
 def test_data_that_are_empty(learned):
     with pytest.raises(BadData, match="validation data are empty"):
         quick(learned[0], Task(valid=[]), zero)

@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from featherweight import catalogue, coding, figures, outputs, pipeline, provenance, sources
+from featherweight import budget, catalogue, coding, figures, outputs, pipeline, provenance, sources
 from featherweight import export as exporting
 from featherweight.core import progress
 from featherweight.core.task import Task, evaluate
 from featherweight.errors import BadData, FormatError, unknown
 
-console = Console(width=None if sys.stdout.isatty() else 140)  # tables in a log file keep their columns
+console = Console(markup=False, width=None if sys.stdout.isatty() else 140)  # tables in a log file keep their columns
 TRAIN_EPOCHS = 10  # of a zoo network that comes without weights
 TRAIN_LR = 2e-3
 
@@ -39,6 +39,8 @@ def compress(
     chain = [sources.method(spec) for spec in methods]
     for name, given in chain:  # before anything is read or trained
         catalogue.check_options(catalogue.entry(name, "method"), given)
+    for text in (options.get("until"), options.get("guard")):
+        budget.parse(text)
     with progress.showing(show):
         task = sources.task(asked["data"], batch_size=asked["batch_size"])
         outputs.prepare(out)
@@ -63,6 +65,7 @@ def _model(
     epochs = train if train is not None else TRAIN_EPOCHS if untrained else 0
     kept = out / "original.safetensors"
     if epochs == 0:
+        kept.unlink(missing_ok=True)  # of an earlier run that trained
         return model.eval()
     if resume and kept.exists():
         return sources.load_weights(model, kept).eval()
@@ -96,8 +99,10 @@ def read_report(directory: Path) -> dict[str, Any]:
         raise BadData(
             f"there is no report.json in {directory}: pass a folder that `featherweight compress` wrote"
         ) from None
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise FormatError(f"{path} cannot be read: {error}") from None
+    if not isinstance(report, dict) or not {"original", "result", "onnx", "split", "stages"} <= report.keys():
+        raise FormatError(f"{path} is no report of a whole run: run `featherweight compress` again")
     return report
 
 
@@ -237,6 +242,8 @@ def show_ledger(report: Mapping[str, Any], out: Path) -> None:
         cells += [told(stage.get(key)) for key in ("params", "nonzeros", "macs", "size")]
         table.add_row(name, *cells, f"{stage['seconds']:.1f}")
     console.print(table)
+    if report["stages"] and all(stage["rolled_back"] for stage in report["stages"]):
+        console.print("every method was rolled back: the result is the original")
     before, after = report["original"], report["result"]
     name, split = before["metric_detail"]["name"], report["split"]
     console.print(f"{name} on {split}: {before['metric']:.4f} -> {after['metric']:.4f}" + _interval(report["drop"]))
@@ -290,7 +297,7 @@ def show_methods(rows: list[dict[str, Any]]) -> None:
 
 
 def show_method(row: dict[str, Any]) -> None:
-    console.print(f"[bold]{row['id']}[/bold] ({row['family']} {row['kind']}): {row['summary']}", highlight=False)
+    console.print(f"{row['id']} ({row['family']} {row['kind']}): {row['summary']}", highlight=False)
     console.print(f"paper: {row['paper']}", highlight=False)
     console.print(
         f"needs: {', '.join(row['needs']) or 'nothing'}; makes smaller: {', '.join(row['shrinks']) or 'nothing'}"

@@ -41,6 +41,7 @@ from featherweight.provenance import (
 
 Step = str | tuple[str, Mapping[str, Any]] | Callable[..., nn.Module]
 
+ONNX_GAP = 0.02  # of the metric, by which an exported file may differ from its module
 LATENCY_SECONDS = 2.0  # for each pair that is timed
 
 # The (earlier, later) effects where the later method would lose what the earlier one achieved. Other orders keep it:
@@ -175,6 +176,8 @@ def _entry(name: Any) -> Entry:
 
 def _check(model: nn.Module, task: Task, chain: list[tuple[Entry, dict[str, Any]]]) -> None:
     """Everything that can be refused before any work is done."""
+    if not isinstance(task, Task):
+        raise BadOption(f"the task is a {type(task).__name__}: pass a featherweight.Task")
     if not isinstance(model, nn.Module):
         raise BadOption(f"the model is a {type(model).__name__}: pass a torch.nn.Module")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -183,14 +186,32 @@ def _check(model: nn.Module, task: Task, chain: list[tuple[Entry, dict[str, Any]
     for entry, _ in chain:
         # the original stands in for a teacher, so that need is always met in a chain
         check_needs(entry.needs - {"teacher"}, task, entry.id)
-    batch = first(task.valid, "validation")
+    probe = copy.deepcopy(model).eval()
+    for name, batches in (("validation", task.valid), ("training", task.train), ("test", task.test)):
+        if batches is not None:
+            _probe(probe, task, first(batches, name), name)
+
+
+def _probe(model: nn.Module, task: Task, batch: Any, name: str) -> None:
+    """Runs model, loss and metric on one batch, so that data that do not fit are refused before any work."""
+    shapes = [tuple(v.shape) for v in _tensors(batch)]
     try:
         with torch.no_grad():
-            run(copy.deepcopy(model).eval(), task, batch)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        shapes = [tuple(v.shape) for v in _tensors(batch)]
+            output, target = run(model, task, batch)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         reason = str(error).split("\n")[0]
-        raise BadData(f"the model does not run on a validation batch of shapes {shapes}: {reason}") from error
+        raise BadData(f"the model does not run on a {name} batch of shapes {shapes}: {reason}") from error
+    try:
+        with torch.no_grad():
+            if name == "training" and target is not None:
+                task.loss(output, target)
+            elif name != "training" and task.evaluate is None and task.metric.per_sample is not None:
+                task.metric.per_sample(output, target)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        told = "no labels" if target is None else "these labels"
+        what = "loss" if name == "training" else f"metric {task.metric.name!r}"
+        reason = str(error).split("\n")[0]
+        raise BadData(f"the {what} does not take a {name} batch of shapes {shapes} with {told}: {reason}") from error
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -483,6 +504,11 @@ class _Session:
         # a procedure of the user's own takes modules, not sessions
         own = self.task.evaluate is not None
         score = None if own else evaluate(export.session(path), self.task, "valid", "evaluate the ONNX file").value
+        if score is not None and abs(score - valid) > ONNX_GAP:
+            path.unlink()
+            why = f"its {self.task.metric.name} is {score:.4f}, that of the module {valid:.4f}"
+            report["onnx"] = {"written": False, "why": f"the ONNX file disagrees with the module: {why}"}
+            return {}
         report["onnx"] = {
             "written": True,
             **{key: value for key, value in told.facts().items() if key != "path"},

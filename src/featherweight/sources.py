@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from featherweight import zoo
 from featherweight.core.task import Task
-from featherweight.errors import BadData, UnknownName
+from featherweight.errors import BadData, FeatherweightError, UnknownName
 from featherweight.zoo.networks import parse_options
 
 
@@ -27,7 +28,7 @@ def network(spec: str) -> nn.Module:
     """
     if not is_function(spec):
         return zoo.build(spec)
-    made = _function(spec)()
+    made = _called(spec)
     if not isinstance(made, nn.Module):
         raise BadData(f"{spec} returned a {type(made).__name__}: expected a torch.nn.Module")
     return made
@@ -49,7 +50,7 @@ def task(spec: str, *, batch_size: int = 128) -> Task:
             return zoo.task(name, **{"batch_size": batch_size, **given})  # type: ignore[arg-type]
         except TypeError as error:
             raise UnknownName(f"data set {name} has no such option: {error}") from None
-    made = _function(spec)()
+    made = _called(spec)
     if isinstance(made, dict):
         made = Task(**made)
     if not isinstance(made, Task):
@@ -116,6 +117,18 @@ def is_function(spec: str) -> bool:
         and "=" not in name
         and (where.endswith(".py") or "." in where or "/" in where)
     )
+
+
+def _called(spec: str) -> Any:
+    """What the user's function returns; what goes wrong in it is told with its place."""
+    try:
+        return _function(spec)()
+    except FeatherweightError:
+        raise
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(where.filename).name}, line {where.lineno}"
+        raise BadData(f"{spec} failed with {type(error).__name__}: {error} ({place})") from error
 
 
 def _function(spec: str) -> Callable[[], Any]:

@@ -333,8 +333,8 @@ def reading(path: str | Path) -> Iterator[None]:
         RuntimeError,
         TypeError,
         ValueError,
-    ):
-        raise FormatError(f"{path}: the file is corrupt: what it describes fits no model") from None
+    ) as error:
+        raise FormatError(f"{path}: the file is corrupt: what it describes fits no model") from error
 
 
 def parse(data: bytes, limit: int) -> Contents:

@@ -58,10 +58,11 @@ def fill(model: nn.Module, manifest: dict[str, Any], records: Sequence[Packed | 
     sources = _by_order(places, manifest, records) if bare else _by_name(places, manifest, records)
     held: dict[int, Tensor] = {}  # by the number of the record, the tensor that now holds it
     taken: set[int] = set()
+    changed = bool(manifest["edits"])
     for place, number in zip(places, sources, strict=True):
         if number not in held:
             record = records[number]
-            held[number] = _placed(place, record.tensor, device, taken)  # type: ignore[union-attr]
+            held[number] = _placed(place, record.tensor, device, taken, changed=changed)  # type: ignore[union-attr]
             taken.add(id(held[number]))
         _put(place, held[number])
         codes = records[number].codes  # type: ignore[union-attr]
@@ -116,10 +117,11 @@ def _by_order(places: list[Slot], manifest: dict[str, Any], records: Sequence[Pa
     return [number if isinstance(record := records[number], Packed) else record for number in range(len(places))]
 
 
-def _placed(place: Slot, tensor: Tensor, device: torch.device, taken: set[int]) -> Tensor:
+def _placed(place: Slot, tensor: Tensor, device: torch.device, taken: set[int], *, changed: bool) -> Tensor:
     """The place's own tensor with new contents, or a new one if shape, type or ties differ."""
     old = place.tensor
-    exact = old.is_meta  # a layer from the file must fit its own description
+    # a layer from the file must fit its own description, and so must every layer if nothing was changed in the model
+    exact = old.is_meta or not changed
     if old.dim() != tensor.dim() or (exact and old.shape != tensor.shape):
         raise BadData(
             f"{place.name} has the shape {tuple(old.shape)} in the model and {tuple(tensor.shape)} in the file: "

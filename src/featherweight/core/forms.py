@@ -134,7 +134,7 @@ class Form(nn.Module, ABC):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        Form.known[cls.__name__] = cls
+        Form.known.setdefault(cls.__name__, cls)  # tracing makes subclasses of the same name, which are not forms
 
     @abstractmethod
     def forward(self, *free: Tensor, keep: Tensor | None = None) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,16 @@ from featherweight.core.task import as_call, device_of, eval_mode, to_device
 from featherweight.errors import BadData, TraceError
 
 STILL_WORKS = "masks, quantized weights and weight sharing still work on it, whatever needs the graph does not"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps torch's own account of a trace that failed to itself: the error says it in one sentence."""
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def trace(model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None) -> ExportedProgram:
@@ -40,7 +52,7 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None) 
             raise BadData(f"{path or 'the model'} still holds a parametrization: call bake(model) before tracing it")
     args, kwargs = to_device(as_call(example_inputs), device_of(model))
     # Warnings about attributes assigned while tracing (recurrent layers keep a list of their weights) concern nobody.
-    with eval_mode(model), warnings.catch_warnings():
+    with eval_mode(model), warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
         try:
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
