@@ -17,7 +17,7 @@ from torch import nn
 from featherweight import Task, compress, fit, outputs, provenance, sources, zoo
 
 HERE = Path(__file__).parent
-ROUNDS, STEPS = 15, 24
+ROUNDS, STEPS = 9, 12
 
 
 def by_hand(model: nn.Module, batches: list[Any]) -> None:
