@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from featherweight.core.labels import Flow, compact, components, flow_labels
 from featherweight.core.ledger import skip
 from featherweight.core.task import as_call, device_of, eval_mode, to_device
-from featherweight.core.trace import interpret, operator_name, placed, trace, weight_tensors
+from featherweight.core.trace import interpret, operator_name, owner, placed, trace, weight_tensors
 from featherweight.errors import BadOption, CompressionError, unknown
 
 Doomed = Mapping[str, Sequence[int] | Tensor] | Iterable[int] | Tensor
@@ -315,7 +315,7 @@ def _numbered(flow: Flow, reasons: Mapping[int, str], program: ExportedProgram, 
     axes = {key: table[labels] for key, labels in axes.items()}
     numbers: dict[str, list[tuple[int, Tensor | None]]] = defaultdict(list)
     for found in flow.literals:
-        numbers[found.path] += [(n, number_or_none(labels)) for n, labels in found.numbers]
+        numbers[owner(found.node)].append((found.number, number_or_none(found.labels)))
     attributes, tied = _counting(flow.model, numbers, axes)
     return Channels(
         count=len(free),

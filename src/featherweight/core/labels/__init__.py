@@ -1,0 +1,13 @@
+"""Label flow: which entries of which tensors are the same channel (see `flow`); the rules stand in a file each."""
+
+from featherweight.core.labels import (  # noqa: F401 - importing a file enters its rules into the table
+    movement,
+    pointwise,
+    products,
+    recurrent,
+    reductions,
+    weights,
+)
+from featherweight.core.labels.flow import Flow, Unions, compact, components, flow_labels
+
+__all__ = ["Flow", "Unions", "compact", "components", "flow_labels"]
