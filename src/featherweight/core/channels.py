@@ -13,7 +13,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
+from typing import Literal as OneOf
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,10 +22,11 @@ from torch.export import ExportedProgram
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from featherweight.core.labels import Flow, compact, components, flow_labels
+from featherweight.core.labels import Flow, Literal, compact, components, flow_labels
 from featherweight.core.ledger import skip
 from featherweight.core.task import as_call, device_of, eval_mode, to_device
 from featherweight.core.trace import interpret, operator_name, owner, placed, trace, weight_tensors
+from featherweight.core.wired import Wired
 from featherweight.errors import BadOption, CompressionError, unknown
 
 Doomed = Mapping[str, Sequence[int] | Tensor] | Iterable[int] | Tensor
@@ -62,6 +64,14 @@ class Attribute:
 
 
 @dataclass(frozen=True)
+class Written:
+    """A number in a wiring (step, argument, place within a list) that counts entries of a vector of channels."""
+
+    place: tuple[int, int | str, int | None]
+    ids: Tensor
+
+
+@dataclass(frozen=True)
 class Channels:
     """The removable channels of a model, numbered from 0. Valid until channels are removed.
 
@@ -76,6 +86,7 @@ class Channels:
     equal: tuple[tuple[Tensor, ...], ...]  # families of vectors that must lose equally many entries each
     pinned: dict[str, str]  # layer path -> why some or all of its outputs stay
     attributes: tuple[Attribute, ...] = ()  # of modules whose sizes are not read off their own weights
+    literals: tuple[Written, ...] = ()  # numbers in the wiring of a network without its class
     rescales: tuple[tuple[tuple[str, ...], Tensor, Tensor], ...] = ()  # tensors, rows, channels of the head size
     norms: dict[str, tuple[Tensor, int]] = field(default_factory=dict)  # node -> channels, groups (0: a layer norm)
     program: ExportedProgram | None = field(default=None, repr=False)
@@ -115,7 +126,7 @@ class Channels:
                     found[channel].append(Slice(path, 1, index, (group * height, (group + 1) * height)))
         return found
 
-    def pool(self, scores: Mapping[str, Tensor], how: Literal["sum", "mean", "max"] = "sum") -> Tensor:
+    def pool(self, scores: Mapping[str, Tensor], how: OneOf["sum", "mean", "max"] = "sum") -> Tensor:
         """One score for every channel (count,) from scores of layer outputs; NaN for channels that none of them has.
 
         Raises:
@@ -314,7 +325,12 @@ def _numbered(flow: Flow, reasons: Mapping[int, str], program: ExportedProgram, 
     norms = {node: (number(labels), 0) for node, labels in flow.norms.items()}
     axes = {key: table[labels] for key, labels in axes.items()}
     numbers: dict[str, list[tuple[int, Tensor | None]]] = defaultdict(list)
+    literals: list[Written] = []
     for found in flow.literals:
+        place = _step(flow.model, found)
+        if place is not None:
+            literals += [] if found.labels is None else [Written(place, number(found.labels))]
+            continue
         numbers[owner(found.node)].append((found.number, number_or_none(found.labels)))
     attributes, tied = _counting(flow.model, numbers, axes)
     return Channels(
@@ -326,11 +342,21 @@ def _numbered(flow: Flow, reasons: Mapping[int, str], program: ExportedProgram, 
         equal=(*(tuple(number(part) for part in family) for family in flow.equal), *tied),
         pinned=pinned,
         attributes=attributes,
+        literals=tuple(literals),
         rescales=tuple((r.tensors, r.rows, number(r.labels)) for r in flow.rescales),
         norms=norms | {node: (number(labels), groups) for node, (labels, groups) in flow.spans.items()},
         program=program,
         example_inputs=example_inputs,
     )
+
+
+def _step(model: nn.Module, found: Literal) -> tuple[int, int | str, int | None] | None:
+    """Where a number stands in the wiring of a network without its class; None in other code."""
+    step = found.node.meta.get("custom", {}).get("step") if isinstance(model, Wired) else None
+    if not isinstance(model, Wired) or step is None or model.wiring.steps[step].target.startswith("@"):
+        return None
+    place = (step, found.argument, found.at)
+    return place if model.number_at(*place) == found.number else None
 
 
 def _without(channels: Channels, refused: Mapping[int, str]) -> Channels:
@@ -353,6 +379,7 @@ def _without(channels: Channels, refused: Mapping[int, str]) -> Channels:
         equal=tuple(tuple(table[ids] for ids in family) for family in channels.equal),
         pinned={**pinned, **channels.pinned},
         attributes=tuple(replace(a, ids=table[a.ids]) for a in channels.attributes),
+        literals=tuple(replace(w, ids=table[w.ids]) for w in channels.literals),
         rescales=tuple((names, rows, table[ids]) for names, rows, ids in channels.rescales),
         norms={node: (table[ids], groups) for node, (ids, groups) in channels.norms.items()},
     )
@@ -365,7 +392,7 @@ def _kinds(channels: Channels) -> list[Tensor]:
     """Channels by the set of places they appear in: what works for one of a kind works for all of it."""
     places: list[list[int]] = [[] for _ in range(channels.count)]
     vectors = [*channels.axes.values(), *(row for table in channels.blocks.values() for row in table)]
-    vectors += [a.ids for a in channels.attributes]
+    vectors += [a.ids for a in channels.attributes] + [w.ids for w in channels.literals]
     vectors += [part for family in channels.equal for part in family]
     for place, ids in enumerate(vectors):
         for number in ids[ids >= 0].unique().tolist():
@@ -660,6 +687,9 @@ def _remove(
             undo.append(_assign(module, key, value))
             if edits is not None:
                 edits.setdefault(path, {})[key] = value
+    changes = {w.place: int((~gone[w.ids]).sum()) for w in channels.literals if gone[w.ids].any()}
+    if isinstance(model, Wired) and changes:
+        undo.append(_assign(model, "wiring", model.resized(changes)))
     return undo
 
 

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from featherweight.core.ledger import note
 from featherweight.core.task import as_call, device_of, eval_mode, to_device
-from featherweight.core.trace import operator_name, owner, trace
+from featherweight.core.trace import graph_inputs, operator_name, owner, trace
 from featherweight.errors import BadData, TraceError
 
 
@@ -104,10 +104,14 @@ Count = Callable[[fx.Node], int]
 
 def _graph_macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     found: dict[str, int] = defaultdict(int)
-    for node in trace(model, example_inputs).graph.nodes:
+    program = trace(model, example_inputs)
+    tensors = graph_inputs(program).tensors
+    for node in program.graph.nodes:
         count = COUNTS.get(operator_name(node)) if node.op == "call_function" else None
-        if count is not None:
-            found[owner(node)] += count(node)
+        if count is not None:  # a network without its class has only wiring there: the weight says whose code it was
+            weights = [tensors[n.name] for n in node.all_input_nodes if n.name in tensors]
+            path = owner(node) or (weights[0].rpartition(".")[0] if weights else "")
+            found[path] += count(node)
     return dict(found)
 
 

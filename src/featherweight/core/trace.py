@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export._tree_utils import reorder_kwargs
 from torch.export.graph_signature import InputKind
+from torch.fx import traceback
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
@@ -52,15 +53,50 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None) 
             raise BadData(f"{path or 'the model'} still holds a parametrization: call bake(model) before tracing it")
     args, kwargs = to_device(as_call(example_inputs), device_of(model))
     # Warnings about attributes assigned while tracing (recurrent layers keep a list of their weights) concern nobody.
-    with eval_mode(model), warnings.catch_warnings(), quiet():
+    with eval_mode(model), uncached(model), traceback.preserve_node_meta(), warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
         try:
-            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            return inlined(program)
         except Exception as error:
             raise TraceError(
                 f"{type(model).__name__} cannot be traced ({_cause(error)}): write the forward pass without that, "
                 f"or go on without a graph ({STILL_WORKS})"
             ) from error
+
+
+@contextmanager
+def uncached(model: nn.Module) -> Iterator[None]:
+    """Switches off the key-value caches that language models of transformers return beside their outputs."""
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = [config for config in found if getattr(config, "use_cache", None) is True]
+    for config in configs:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in configs:
+            config.use_cache = True
+
+
+def inlined(program: ExportedProgram) -> ExportedProgram:
+    """The same program with blocks under `torch.no_grad()` or autocast written out; their results are detached."""
+    graph, module = program.graph, program.graph_module
+    for node in [n for n in graph.nodes if str(n.target) in ("wrap_with_set_grad_enabled", "wrap_with_autocast")]:
+        body = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
+        inner = getattr(module, str(node.args[body].target))
+        inputs = [n for n in inner.graph.nodes if n.op == "placeholder"]
+        places = dict(zip(inputs, node.args[body + 1 :], strict=True))
+        with graph.inserting_before(node):
+            results = graph.graph_copy(inner.graph, places)
+            kept = [graph.call_function(torch.ops.aten.detach.default, (r,)) for r in results]
+        for old, new in zip(kept, results, strict=True):
+            old.meta.update(new.meta)
+        for user in list(node.users):
+            user.replace_all_uses_with(kept[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+    return program
 
 
 def _cause(error: BaseException) -> str:

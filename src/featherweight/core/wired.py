@@ -1,0 +1,359 @@
+"""A network without its class: ordinary layers at their old names, and between them wiring that is data.
+
+`Wired` runs a list of steps. A step calls a layer, or an operator from the table in `operators`, on results of earlier
+steps, tensors of the network, and plain numbers. Nothing in it is ever evaluated, imported or unpickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import traceback
+from torch.utils import _pytree as pytree
+
+from featherweight.core.operators import SIZES, function, schema_types
+from featherweight.errors import BadData
+
+
+@dataclass(frozen=True)
+class Ref:
+    """The result with this number: inputs come first, then one for each step."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """A parameter or buffer of the network, by name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Training:
+    """Whether the network is being trained, where the code that was traced asked for it."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where the network is."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call: of the layer at a path ("@encoder.fc1"), or of an operator ("aten.add.Tensor", "size.mul")."""
+
+    target: str
+    args: tuple[Any, ...] = ()
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Input:
+    """A tensor that the network takes: its type, the sizes it was traced with, and which of them may differ.
+
+    `low` and `high` bound the values that the traced example had, for integers, so that an example can be made anew.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    free: tuple[int, ...] = ()
+    low: int = 0
+    high: int = 1
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """What `Wired` runs.
+
+    Attributes:
+        inputs: the tensors that it takes, in order.
+        args, kwargs: the call as it was traced; tensors stand as `Ref`, everything else as it was.
+        names: the names of the positional arguments, so that each may also be given by name.
+        steps: the calls, in order.
+        output: what comes back: `Ref`s in tuples, lists, dictionaries.
+        conditions: on the sizes of inputs, as nested ("eq", ("size", input, dim), 3); where they fail, the trace does
+            not hold.
+    """
+
+    inputs: tuple[Input, ...]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    names: tuple[str, ...]
+    steps: tuple[Step, ...]
+    output: Any
+    conditions: tuple[Any, ...] = ()
+
+    def example(self, batch: int | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments and keyword arguments that the network takes, made anew: normal, or integers in their bounds."""
+        generator = torch.Generator().manual_seed(0)
+
+        def make(given: Input) -> Tensor:
+            first = batch if batch is not None and 0 in given.free else None
+            shape = (first, *given.shape[1:]) if first is not None else given.shape
+            if given.dtype.is_floating_point:
+                return torch.randn(shape, generator=generator).to(given.dtype)
+            return torch.randint(given.low, given.high + 1, shape, generator=generator).to(given.dtype)
+
+        tensors = [make(given) for given in self.inputs]
+        return _filled((self.args, dict(self.kwargs)), tensors)
+
+
+class Outputs(dict[str, Any]):
+    """Named outputs: by key, by attribute, or by position (as the output classes of transformers are)."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the network returns {', '.join(self)}, no {name}") from None
+
+    def __getitem__(self, key: Any) -> Any:
+        return tuple(self.values())[key] if isinstance(key, (int, slice)) else super().__getitem__(key)
+
+
+pytree.register_pytree_node(
+    Outputs,
+    lambda outputs: (list(outputs.values()), list(outputs)),
+    lambda values, names: Outputs(zip(names, values, strict=True)),
+    serialized_type_name="featherweight.Outputs",
+)
+
+
+class Place(nn.Module):
+    """A module that only holds others, and tensors: where the class had code, the wiring has it now."""
+
+
+class Wired(nn.Module):
+    """A network whose wiring is data. Its layers are ordinary modules at the names they had.
+
+    Train and evaluation mode, devices, hooks on layers, `state_dict` work as ever. What the traced code decided in
+    evaluation mode by itself (stochastic depth, dropout inside attention) stays as decided.
+
+    Raises:
+        BadData: called with other arguments, types or sizes than the wiring holds for.
+    """
+
+    wiring: Wiring
+
+    def __init__(self, wiring: Wiring) -> None:
+        super().__init__()
+        self.wiring = wiring
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the steps on what was given."""
+        wiring = self.wiring
+        values: list[Any] = [*self._given(args, kwargs)]
+        spent = self._spent()
+        marked = traceback.has_preserved_node_meta()
+        for number, step in enumerate(wiring.steps):
+            with traceback.annotate({"step": number}) if marked else nullcontext():
+                values.append(self._call(step, values))
+            for last in spent[number]:
+                values[last] = None
+        return self._resolved(wiring.output, values)
+
+    def _call(self, step: Step, values: Sequence[Any]) -> Any:
+        args = self._resolved(step.args, values)
+        kwargs = {name: self._resolved(value, values) for name, value in step.kwargs}
+        called = self.get_submodule(step.target[1:]) if step.target[0] == "@" else function(step.target)
+        return called(*args, **kwargs)
+
+    def _resolved(self, value: Any, values: Sequence[Any]) -> Any:  # noqa: PLR0911 - one straight table
+        match value:
+            case Ref():
+                return values[value.number]
+            case Held():
+                path, _, leaf = value.name.rpartition(".")
+                return getattr(self.get_submodule(path), leaf)
+            case Training():
+                return self.training
+            case Device():
+                return next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
+            case Outputs():
+                return Outputs((k, self._resolved(v, values)) for k, v in value.items())
+            case dict():
+                return {k: self._resolved(v, values) for k, v in value.items()}
+            case tuple() | list():
+                return type(value)(self._resolved(v, values) for v in value)
+        return value
+
+    def _spent(self) -> list[list[int]]:
+        """For each step, the results that nothing after it needs."""
+        cached: tuple[Wiring, list[list[int]]] | None = self.__dict__.get("_spent_cache")
+        if cached is None or cached[0] is not self.wiring:
+            cached = (self.wiring, spent(self.wiring))
+            self.__dict__["_spent_cache"] = cached
+        return cached[1]
+
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The tensors among the arguments in order, checked."""
+        wiring = self.wiring
+        if len(args) > len(wiring.names):
+            raise BadData(f"{len(args)} positional arguments given, the network takes {', '.join(wiring.names)}")
+        named = {**dict(zip(wiring.names, args, strict=False)), **kwargs}
+        wanted = {**dict(zip(wiring.names, wiring.args, strict=False)), **wiring.kwargs}
+        for name, value in named.items():
+            if name not in wanted and value is not None:
+                raise BadData(f"argument {name!r} given, the network was traced with {', '.join(wanted)}")
+        tensors: list[Any] = [None] * len(wiring.inputs)
+        for name, pattern in wanted.items():
+            if name not in named and any(isinstance(leaf, Ref) for leaf in pytree.tree_leaves(pattern)):
+                raise BadData(f"argument {name!r} is missing: the network was traced with {', '.join(wanted)}")
+            _matched(pattern, named.get(name, pattern), name, tensors)
+        sizes = [check_input(wiring.inputs[i], t, i) for i, t in enumerate(tensors)]
+        for condition in wiring.conditions:
+            if not evaluate_size(condition, sizes):
+                raise BadData(
+                    f"inputs of the sizes {[tuple(s) for s in sizes]}: the network was traced where {told(condition)}; "
+                    "trace it anew with inputs of such sizes"
+                )
+        return tensors
+
+    def number_at(self, step: int, argument: int | str, at: int | None) -> Any:
+        """What stands at an argument of a step, or at a place of the list there; None if nothing does."""
+        args, kwargs, key = self._slot(step, argument)
+        value = args[key] if isinstance(key, int) else kwargs.get(key)
+        if at is None:
+            return value
+        return value[at] if isinstance(value, (tuple, list)) and at < len(value) else None
+
+    def resized(self, changes: Mapping[tuple[int, int | str, int | None], int]) -> Wiring:
+        """The wiring with other numbers at (step, argument, place within a list or None)."""
+        steps = list(self.wiring.steps)
+        made = Wired(self.wiring)
+        for (number, argument, at), value in changes.items():
+            args, kwargs, key = made._slot(number, argument)
+            if isinstance(key, int):
+                args = (*args[:key], _put(args[key], at, value), *args[key + 1 :])
+            else:
+                kwargs[key] = _put(kwargs[key], at, value)
+            steps[number] = replace(steps[number], args=args, kwargs=tuple(kwargs.items()))
+            made.wiring = replace(self.wiring, steps=tuple(steps))
+        return made.wiring
+
+    def _slot(self, number: int, argument: int | str) -> tuple[tuple[Any, ...], dict[str, Any], int | str]:
+        """The arguments of a step, and where the one at a position or of a name stands among them."""
+        step = self.wiring.steps[number]
+        names = [name for name, *_ in schema_types(step.target) or ()]
+        name = names[argument] if isinstance(argument, int) and argument < len(names) else argument
+        place = names.index(name) if name in names else argument
+        key = place if isinstance(place, int) and place < len(step.args) else name
+        return step.args, dict(step.kwargs), key
+
+
+def _put(value: Any, at: int | None, number: int) -> Any:
+    return number if at is None else type(value)(number if i == at else v for i, v in enumerate(value))
+
+
+def refs(value: Any) -> Iterator[int]:
+    """The numbers of the results that a value is made from."""
+    if isinstance(value, Ref):
+        yield value.number
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from refs(inner)
+    elif isinstance(value, (tuple, list)):
+        for inner in value:
+            yield from refs(inner)
+
+
+def spent(wiring: Wiring) -> list[list[int]]:
+    """For each step, the results that are not needed after it."""
+    last: dict[int, int] = {}
+    for number, step in enumerate(wiring.steps):
+        for ref in (*refs(step.args), *refs(tuple(v for _, v in step.kwargs))):
+            last[ref] = number
+        last.setdefault(len(wiring.inputs) + number, number)
+    kept = set(refs(wiring.output))
+    found: list[list[int]] = [[] for _ in wiring.steps]
+    for ref, number in last.items():
+        if ref not in kept:
+            found[number].append(ref)
+    return found
+
+
+def _filled(pattern: Any, tensors: Sequence[Any]) -> Any:
+    """A call with its tensors in place."""
+    if isinstance(pattern, Ref):
+        return tensors[pattern.number]
+    if isinstance(pattern, dict):
+        return {k: _filled(v, tensors) for k, v in pattern.items()}
+    if isinstance(pattern, (tuple, list)):
+        return type(pattern)(_filled(v, tensors) for v in pattern)
+    return pattern
+
+
+def _matched(pattern: Any, given: Any, name: str, tensors: list[Any]) -> None:
+    """Puts the tensors of an argument where the wiring wants them."""
+    if isinstance(pattern, Ref):
+        if not isinstance(given, Tensor):
+            raise BadData(f"{name} is a {type(given).__name__}: the network was traced with a tensor there")
+        tensors[pattern.number] = given
+    elif isinstance(pattern, dict) and hasattr(given, "keys") and set(pattern) == set(given.keys()):
+        for key, inner in pattern.items():
+            _matched(inner, given[key], f"{name}[{key!r}]", tensors)
+    elif isinstance(pattern, (tuple, list)) and isinstance(given, (tuple, list)) and len(pattern) == len(given):
+        for i, inner in enumerate(pattern):
+            _matched(inner, given[i], f"{name}[{i}]", tensors)
+    elif isinstance(given, Tensor) or given != pattern:
+        shown = type(given).__name__ if isinstance(given, Tensor) else repr(given)
+        raise BadData(f"{name} is {shown}: the network was traced with {pattern!r} there, and only holds for that")
+
+
+def check_input(wanted: Input, given: Tensor, number: int) -> Sequence[Any]:
+    """The sizes of an input.
+
+    Raises:
+        BadData: it has another number of dimensions, another kind of numbers, or other sizes where they are fixed.
+    """
+    kinds = wanted.dtype.is_floating_point, given.dtype.is_floating_point
+    fixed = [d for d in range(len(wanted.shape)) if d not in wanted.free]
+    fits = given.dim() == len(wanted.shape) and all(given.shape[d] == wanted.shape[d] for d in fixed)
+    if kinds[0] != kinds[1] or not fits:
+        shape = ", ".join("any" if d in wanted.free else str(n) for d, n in enumerate(wanted.shape))
+        raise BadData(
+            f"input {number} is {given.dtype} of shape {tuple(given.shape)}: the network takes {wanted.dtype} ({shape})"
+        )
+    return given.shape
+
+
+def evaluate_size(expression: Any, sizes: Sequence[Sequence[Any]]) -> Any:
+    """The value of an expression on the sizes of inputs.
+
+    >>> evaluate_size(("eq", ("mod", ("size", 0, 1), 4), 0), [(2, 12)])
+    True
+    """
+    if not isinstance(expression, tuple):
+        return expression
+    name, *rest = expression
+    if name == "size":
+        return sizes[rest[0]][rest[1]]
+    return SIZES[name](*(evaluate_size(inner, sizes) for inner in rest))
+
+
+SIGNS = {
+    "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
+    "add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%", "truediv": "/", "pow": "**",
+}  # fmt: skip
+
+
+def told(expression: Any) -> str:
+    """An expression on sizes for people.
+
+    >>> told(("eq", ("mod", ("size", 0, 2), 4), 0))
+    'size 2 of input 0 % 4 == 0'
+    """
+    if not isinstance(expression, tuple):
+        return str(expression)
+    name, *rest = expression
+    if name == "size":
+        return f"size {rest[1]} of input {rest[0]}"
+    tight = name in ("mul", "floordiv", "mod", "truediv", "pow")
+    parts = [f"({told(r)})" if tight and isinstance(r, tuple) and r[0] in ("add", "sub") else told(r) for r in rest]
+    return f" {SIGNS[name]} ".join(parts) if name in SIGNS else f"{name}({', '.join(parts)})"
