@@ -1,0 +1,20 @@
+"""Public architectures and networks of our own: wired, cut and compared with masking; the whole list is slow."""
+
+from __future__ import annotations
+
+import pytest
+
+from architectures import ARCHITECTURES
+from gate import found, prunable, removal_error, widened
+
+SLOW = [pytest.param(name, marks=() if a.fast else pytest.mark.slow) for name, a in ARCHITECTURES.items()]
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_removal_equals_masking(name: str) -> None:
+    one = found(ARCHITECTURES[name])
+    before = sum(p.numel() for p in one.wired.parameters())
+    assert prunable(one.channels) >= 0.95
+    one = widened(one)
+    assert removal_error(one) < 1e-5
+    assert sum(p.numel() for p in one.wired.parameters()) < 0.9 * before
