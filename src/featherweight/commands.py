@@ -18,6 +18,7 @@ from featherweight import budget, catalogue, coding, figures, outputs, pipeline,
 from featherweight import export as exporting
 from featherweight.core import progress
 from featherweight.core.task import Task, evaluate
+from featherweight.core.wired import Wired
 from featherweight.errors import BadData, FormatError, unknown
 
 console = Console(markup=False, width=None if sys.stdout.isatty() else 140)  # tables in a log file keep their columns
@@ -160,24 +161,25 @@ def unpack(file: Path, onnx: Path | None, weights: Path | None, into: str | None
     """Writes plain weights, an ONNX model, or both."""
     if onnx is None and weights is None:
         raise BadData("nothing to write: pass --weights FILE, --onnx FILE, or both")
-    if into is None:
-        if onnx is not None:
-            raise BadData("an ONNX model needs the network that was compressed: pass --into lenet5 or file.py:function")
+    if into is None and onnx is None:
         from safetensors.torch import save_file
 
-        assert weights is not None
+        assert weights is not None  # one of the two was asked for
         save_file({name: tensor.contiguous() for name, tensor in coding.unpack(file).items()}, weights)
         yield f"{weights}: {weights.stat().st_size} bytes"
         return
-    model = coding.load(file, into=sources.network(into)).eval()
+    model = coding.load(file, into=None if into is None else sources.network(into)).eval()
     if weights is not None:
         save_weights(model, weights)
         yield f"{weights}: {weights.stat().st_size} bytes"
     if onnx is not None:
-        inputs = coding.inspect(file).get("example_inputs")
-        if inputs is None:
+        if isinstance(model, Wired):
+            inputs = model.wiring.example()
+        elif (described := coding.inspect(file).get("example_inputs")) is not None:
+            inputs = example(described)
+        else:
             raise BadData(f"{file} does not say what its inputs look like: save it with example_inputs=...")
-        exporting.onnx(model, onnx, example_inputs=example(inputs))
+        exporting.onnx(model, onnx, example_inputs=inputs)
         yield f"{onnx}: {onnx.stat().st_size} bytes"
 
 

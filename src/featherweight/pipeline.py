@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from featherweight import budget, catalogue, export
 from featherweight.catalogue import Entry
@@ -24,7 +25,19 @@ from featherweight.coding import SaveReport, load, save
 from featherweight.core import ledger, progress
 from featherweight.core.cost import cost
 from featherweight.core.forms import bake
-from featherweight.core.task import Score, Task, check_needs, drop, evaluate, first, paired_drop, run
+from featherweight.core.task import (
+    Score,
+    Task,
+    as_call,
+    check_needs,
+    drop,
+    evaluate,
+    first,
+    paired_drop,
+    run,
+    to_device,
+)
+from featherweight.core.wiring import remember
 from featherweight.errors import BadData, BadOption, CompressionError, FeatherweightError
 from featherweight.figures import figures_of, latency, paired_test, rows
 from featherweight.outputs import FRESH, prepare, take_over, write_json
@@ -300,6 +313,7 @@ class _Session:
             baked = bake(copy.deepcopy(candidate))
             after = evaluate(baked, self.task, "valid", f"evaluate {entry.id}")
             reached = self._figures(baked, self._save(baked, self.checkpoints.file(index, "fw"), after.value).bytes)
+            remember(baked, candidate)  # tracing is slow: the next file needs it anew only if the structure changes
         reached["drop"] = 100 * drop(self.before, after)
         record = {
             "method": entry.id,
@@ -424,6 +438,7 @@ class _Session:
         fresh.mkdir(exist_ok=True)
         saved = self._save(final, fresh / "model.fw", valid)
         reloaded = load(fresh / "model.fw", into=self._fresh()).eval()
+        report["file"] = self._opened(saved, reloaded, fresh / "model.fw")
         original = evaluate(self.original, self.task, split, "test the original")
         result = evaluate(reloaded, self.task, split, "test the file")
         report["original"] = {**_told(original), "bytes": raw_bytes(self.original)}
@@ -440,6 +455,16 @@ class _Session:
         write_json(fresh / "report.json", report)
         take_over(fresh, folder)
         return Result(final, report, self.inputs)
+
+    def _opened(self, saved: SaveReport, reloaded: nn.Module, path: Path) -> dict[str, Any]:
+        """Whether the file opens without the model's class, and how far what it then computes is from the model."""
+        if not saved.class_free:
+            return {"class_free": False, "why": saved.why_not}
+        args, kwargs = to_device(as_call(self.inputs), torch.device("cpu"))
+        with torch.no_grad():
+            ours, theirs = (tree_leaves(net(*args, **kwargs)) for net in (load(path), reloaded.cpu()))
+        gaps = [float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=False) if _comparable(a, b)]
+        return {"class_free": True, "largest_difference": max(gaps, default=0.0)}
 
     def _model(self, state: _State, index: int | None) -> nn.Module:
         """A copy of the model after the stage at a place of the chain."""
@@ -516,6 +541,10 @@ class _Session:
             "metric_valid_of_the_module": valid,
         }
         return {"original": reference, "result": path}
+
+
+def _comparable(a: Any, b: Any) -> bool:
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point() and a.numel() > 0
 
 
 def _told(score: Score) -> dict[str, Any]:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from conftest import small_cnn, small_task
 from featherweight import zoo
-from featherweight.core.blueprint import activation_forms
 from featherweight.core.fit import fit
-from featherweight.core.forms import Affine, bake, codes_of
+from featherweight.core.forms import Affine, activation_forms, bake, codes_of
 from featherweight.core.ledger import recording
 from featherweight.core.task import Task, evaluate
 from featherweight.errors import MissingNeed, UnknownName

@@ -22,11 +22,14 @@ from featherweight.coding.records import Row
 from featherweight.coding.restoring import Slot, fill, slots
 from featherweight.coding.streams import allowed
 from featherweight.coding.unpacking import Packed, allowance, read_tensor
-from featherweight.core.blueprint import activation_forms, structure
-from featherweight.core.forms import Codes, bake, codes_of, form_names
+from featherweight.core.blueprint import structure
+from featherweight.core.forms import Codes, activation_forms, bake, codes_of, form_names
 from featherweight.core.ledger import note
 from featherweight.core.progress import track
 from featherweight.core.task import as_call
+from featherweight.core.wire_data import hidden_tensors, wired_from, wiring_data
+from featherweight.core.wired import Wired
+from featherweight.core.wiring import wire
 from featherweight.errors import BadData, FeatherweightError, FormatError
 
 MAGIC = b"FW"
@@ -37,13 +40,18 @@ TIE = 0x1F  # first byte of a record that repeats an earlier tensor of a bare fi
 
 @dataclass(frozen=True)
 class SaveReport:
-    """What a file takes on disk: `bytes` is its size, of which `weights_bytes` are tensors and the rest structure."""
+    """What a file takes on disk: `bytes` is its size, of which `weights_bytes` are tensors and the rest structure.
+
+    `class_free` says whether `load` can restore it without the class that built the model, `why_not` why it cannot.
+    """
 
     path: Path
     bytes: int
     weights_bytes: int
     structure_bytes: int
     tensors: tuple[Row, ...]
+    class_free: bool = False
+    why_not: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class Contents:
         """A name for each record: that of the state dict, of a form's tensor, or its number in a bare file."""
         if self.bare:
             return [str(i) for i in range(len(self.records))]
-        known = [*self.manifest["names"], *form_tensor_names(self.manifest["activations"])]
+        known = [*self.manifest["names"], *form_tensor_names(self.manifest["activations"]), *self.manifest["hidden"]]
         return known[: len(self.records)] + [f"#{i}" for i in range(len(known), len(self.records))]
 
 
@@ -74,14 +82,18 @@ def save(
     example_inputs: Any = None,
     coder: str | None = None,
     bare: bool = False,
+    class_free: bool = True,
     provenance: dict[str, Any] | None = None,
 ) -> SaveReport:
     """Writes a model to a `.fw` file, whole or not at all. The model is not changed.
 
     Args:
-        example_inputs: their shapes and types are written down (not in a bare file).
+        example_inputs: their shapes and types are written down, and the model is traced with them; a bare file
+            needs none.
         coder: "huffman", "range_coder" ("range"), "rans" ("ans"), "sparse_index" (fixed widths); None for the shortest.
         bare: the smallest file that `load(into=)` can restore: no names, no provenance, one checksum.
+        class_free: also write the model's graph as data, so that `load` needs no class. Where that cannot be done the
+            report says why, and the file is written without.
         provenance: JSON-able facts, such as the chain, the seed, the metric and `weights_sha256` of the source.
 
     Raises:
@@ -91,21 +103,24 @@ def save(
     """
     coders, path = allowed(coder), Path(path)
     plain = baked(model)
+    hidden: dict[str, Tensor] = {}
+    why_not = "a bare file"
     places = slots(plain)
     told, held = described(plain)
     for place, module in plain.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             note(f"{place or 'the model'} keeps extra state that is no tensor: the file does not hold it")
     if not bare:
+        hidden, why_not = _graph(told, plain, example_inputs) if class_free else ({}, "not asked for")
         told |= named(places)
         told["tool"] = f"featherweight {version('featherweight')}"
         told["provenance"], told["example_inputs"] = provenance, _shapes(example_inputs)
-    entries = [*_tensors(places, coders, bare), *_held(told, held, coders)]
+    entries = [*_tensors(places, coders, bare), *_held(told, held, coders), *_hidden(hidden, coders)]
     manifest = pack_manifest({key: value for key, value in told.items() if value})
     write_whole(path, assemble(manifest, [data for data, _ in entries], bare))
     rows = tuple(row for _, row in entries if row is not None)
     size, weights = path.stat().st_size, sum(row.bytes for row in rows)
-    return SaveReport(path, size, weights, size - weights, rows)
+    return SaveReport(path, size, weights, size - weights, rows, "wiring" in told, why_not)
 
 
 Entry = tuple[bytes, Row | None]
@@ -129,6 +144,28 @@ def _held(told: dict[str, Any], held: list[Tensor], coders: tuple[int, ...]) -> 
     for name, tensor in zip(form_tensor_names(told.get("activations", {})), held, strict=True):
         stored = store(tensor, None, coders)
         yield stored.data, replace(stored.row, name=name)
+
+
+def _hidden(hidden: dict[str, Tensor], coders: tuple[int, ...]) -> Iterator[Entry]:
+    """The records of tensors that only the wiring knows: constants, and buffers that no state dict holds."""
+    for name, tensor in hidden.items():
+        stored = store(tensor, None, coders)
+        yield stored.data, replace(stored.row, name=name)
+
+
+def _graph(told: dict[str, Any], model: nn.Module, example_inputs: Any) -> tuple[dict[str, Tensor], str]:
+    """Adds the model's graph to what a file says; the tensors that only the graph needs, and why there is none."""
+    if example_inputs is None and not isinstance(model, Wired):
+        return {}, "no example inputs to trace the model with"
+    try:
+        wired = wire(model, example_inputs)
+        told["wiring"] = wiring_data(wired)
+    except FeatherweightError as error:
+        note(f"the file needs the model's class to be loaded (into=): {error}")
+        return {}, str(error)
+    hidden = hidden_tensors(wired)
+    told["hidden"] = list(hidden)
+    return hidden, ""
 
 
 def named(places: list[Slot]) -> dict[str, Any]:
@@ -224,9 +261,11 @@ def signed(data: bytes) -> bytes:
 
 
 def load(path: str | Path, into: nn.Module | None = None, *, limit: int | None = None) -> nn.Module:
-    """Restores a file into a fresh instance of the user's class, in place, and returns it.
+    """Restores a file: without the class that built the model, or into a fresh instance of it, in place.
 
-    Layers that were swapped, channels that were removed, ties, codes and forms on activations come back too.
+    Layers that were swapped, channels that were removed, ties, codes and forms on activations come back too. Without
+    `into` the network is a `Wired` in evaluation mode: ordinary layers at their old names, which trains and can be
+    compressed further.
 
     Args:
         into: an instance of the class that was compressed, made with the same options.
@@ -234,17 +273,33 @@ def load(path: str | Path, into: nn.Module | None = None, *, limit: int | None =
             unless said.
 
     Raises:
-        FormatError: the file is truncated, corrupt, newer or not a .fw file, or `into` was not given.
+        FormatError: the file is truncated, corrupt, newer or not a .fw file, or holds no graph and `into` is missing.
         BadData: `into` is of another class or configuration than the model in the file.
     """
-    if into is None:
-        raise FormatError(
-            f"{path} cannot be loaded without its class in this version: pass into=, a fresh model of that class"
-        )
-    own = sum(2 * place.tensor.numel() * max(place.tensor.element_size(), 4) for place in slots(into))
+    own = 0 if into is None else sum(2 * p.tensor.numel() * max(p.tensor.element_size(), 4) for p in slots(into))
     contents = read(path, limit, own)
     with reading(path):
+        if into is None:
+            return _without_class(contents)
         return fill(into, contents.manifest, contents.records, contents.bare)
+
+
+def _without_class(contents: Contents) -> nn.Module:
+    if not contents.manifest["wiring"]:
+        why = "it is a bare file" if contents.bare else "it was written without the model's graph"
+        raise FormatError(f"the file needs the model's class, since {why}: pass into=, a fresh model of that class")
+    names = contents.manifest["names"]
+    if len(names) + len(contents.manifest["hidden"]) > len(contents.records):
+        raise FormatError("the file is truncated: it names more tensors than it has")
+    tensors = {name: packed.tensor for name, packed in _records(contents).items()}
+    wired = wired_from(contents.manifest["wiring"], {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()})
+    fill(wired, {**contents.manifest, "swaps": {}, "edits": {}, "wiring": {}}, contents.records, False)
+    for name in contents.manifest["hidden"]:
+        holder, _, leaf = name.rpartition(".")
+        wired.get_submodule(holder)._buffers[leaf] = tensors[name].clone()
+    if any(t.is_meta for t in (*wired.parameters(), *wired.buffers())):
+        raise FormatError("the file is corrupt: the network has a tensor that the file does not hold")
+    return wired.eval()
 
 
 def unpack(path: str | Path, *, limit: int | None = None) -> dict[str, Tensor]:

@@ -75,7 +75,19 @@ def checked(data: dict[str, Any]) -> dict[str, Any]:
     Raises:
         FormatError: a part is of another type.
     """
-    full = {"swaps": {}, "edits": {}, "activations": {}, "names": [], "ties": {}, "frozen": []} | data
+    empty: dict[str, Any] = {
+        "swaps": {},
+        "edits": {},
+        "activations": {},
+        "names": [],
+        "ties": {},
+        "frozen": [],
+        "hidden": [],
+        "wiring": {},
+    }
+    full = empty | data
+    _need(isinstance(full["wiring"], dict), "wiring")
+    _need(isinstance(full["hidden"], list) and all(isinstance(n, str) for n in full["hidden"]), "hidden")
     _need(isinstance(full["names"], list) and all(isinstance(n, str) for n in full["names"]), "names")
     _need(len(set(full["names"])) == len(full["names"]), "names")
     _need(isinstance(full["frozen"], list) and all(isinstance(n, str) for n in full["frozen"]), "frozen")

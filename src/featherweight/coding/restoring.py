@@ -52,7 +52,7 @@ def fill(model: nn.Module, manifest: dict[str, Any], records: Sequence[Packed | 
         BadData: the model is of another class or configuration.
         FormatError: the file describes layers or forms that it may not.
     """
-    device = next((slot.tensor.device for slot in slots(model)), torch.device("cpu"))
+    device = next((slot.tensor.device for slot in slots(model) if not slot.tensor.is_meta), torch.device("cpu"))
     reshape(model, manifest)
     places = slots(model)
     sources = _by_order(places, manifest, records) if bare else _by_name(places, manifest, records)
@@ -81,7 +81,7 @@ def reshape(model: nn.Module, manifest: dict[str, Any]) -> None:
     """Swaps layers and changes attributes. New layers hold no memory until their tensors come."""
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # torch warns of layers without elements, which are the file's business
-        restructure(model, {"swaps": manifest["swaps"], "edits": manifest["edits"]}, {})
+        restructure(model, {key: manifest[key] for key in ("swaps", "edits", "wiring")}, {})
 
 
 def _by_name(places: list[Slot], manifest: dict[str, Any], records: Sequence[Packed | int]) -> list[int]:

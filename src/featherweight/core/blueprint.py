@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from featherweight.core.forms import (
     ACTIVATIONS,
@@ -22,108 +21,19 @@ from featherweight.core.forms import (
     Stack,
     Table,
     _register,
-    activation_form,
+    activation_forms,
     attach,
     codes_of,
     declare_codes,
-    foreign,
     form_names,
     forms_of,
     originals,
     own_modules,
 )
+from featherweight.core.layers import build_layer, layer_spec
+from featherweight.core.wire_data import wiring_data, wiring_from
+from featherweight.core.wired import Wired
 from featherweight.errors import BadData, FormatError, unknown
-
-# The layers that a file may name, with the constructor arguments that their attributes hold.
-LEAVES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
-    t.__name__: (t, names)
-    for t, names in (
-        (nn.Linear, ("in_features", "out_features", "bias")),
-        *(
-            (
-                t,
-                (
-                    "in_channels",
-                    "out_channels",
-                    "kernel_size",
-                    "stride",
-                    "padding",
-                    "dilation",
-                    "groups",
-                    "bias",
-                    "padding_mode",
-                ),
-            )
-            for t in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        ),
-        (
-            nn.ConvTranspose2d,
-            ("in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "groups", "bias"),
-        ),
-        *(
-            (t, ("num_features", "eps", "momentum", "affine", "track_running_stats"))
-            for t in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-        ),
-        (nn.LayerNorm, ("normalized_shape", "eps", "elementwise_affine")),
-        (nn.GroupNorm, ("num_groups", "num_channels", "eps", "affine")),
-        (nn.Embedding, ("num_embeddings", "embedding_dim", "padding_idx")),
-        (nn.Identity, ()),
-        (nn.ReLU, ()),
-        (nn.Flatten, ("start_dim", "end_dim")),
-        (nn.Dropout, ("p",)),
-    )
-}
-TYPES: dict[type[nn.Module], str] = {t: name for name, (t, _) in LEAVES.items()}
-
-
-def layer_spec(module: nn.Module) -> dict[str, Any]:
-    """A module as data: its type and constructor arguments, or a Sequential of such.
-
-    Raises:
-        FormatError: a type that a file cannot name.
-    """
-    if reason := foreign(module):
-        raise FormatError(f"a {type(module).__name__} was swapped in, which a file cannot describe: {reason}")
-    base = type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
-    if base is nn.Sequential:
-        return {"type": "Sequential", "layers": {n: layer_spec(m) for n, m in module._modules.items() if m is not None}}
-    if base not in TYPES:
-        raise FormatError(f"a {base.__name__} was swapped in, which a file cannot name: use one of {', '.join(LEAVES)}")
-    name = TYPES[base]
-    return {"type": name, "args": {key: _argument(module, key) for key in LEAVES[name][1]}}
-
-
-def _argument(module: nn.Module, key: str) -> Any:
-    value = getattr(module, key)
-    if key == "bias":
-        return value is not None
-    return list(value) if isinstance(value, tuple) else value
-
-
-def build_layer(spec: dict[str, Any], depth: int = 0) -> nn.Module:
-    """The module that `layer_spec` describes, with untrained weights.
-
-    Raises:
-        FormatError: the data describe no layer that a file may name.
-    """
-    kind = spec.get("type")
-    if kind == "Sequential" and depth < 8 and isinstance(spec.get("layers"), dict):
-        built = nn.Sequential()
-        for name, inner in spec["layers"].items():
-            built.add_module(str(name), build_layer(inner, depth + 1))
-        return built
-    if kind not in LEAVES or not isinstance(spec.get("args"), dict):
-        raise FormatError(f"the file describes a layer of type {kind!r}, which is none of {', '.join(LEAVES)}")
-    make, names = LEAVES[kind]
-    args = {k: tuple(v) if isinstance(v, list) else v for k, v in spec["args"].items()}
-    if set(args) - set(names):
-        raise FormatError(
-            f"the file gives {kind} the arguments {sorted(set(args) - set(names))}, which it does not have"
-        )
-    try:
-        return make(**args)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise FormatError(f"the file describes a {kind} that cannot be built: {error}") from None
 
 
 def swapped(model: nn.Module) -> dict[str, nn.Module]:
@@ -149,7 +59,8 @@ def structure(model: nn.Module) -> dict[str, Any]:
     inside = tuple(f"{path}." for path in swaps)
     changed = getattr(model, "_fw_edits", {})
     edits = {p: dict(e) for p, e in changed.items() if p not in swaps and not p.startswith(inside)}
-    return {"swaps": swaps, "edits": edits}
+    plan: dict[str, Any] = {"swaps": swaps, "edits": edits}
+    return plan | ({"wiring": wiring_data(model)} if isinstance(model, Wired) else {})
 
 
 def restructure(model: nn.Module, plan: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> nn.Module:
@@ -181,6 +92,8 @@ def restructure(model: nn.Module, plan: dict[str, Any], shapes: dict[str, tuple[
     model._fw_edits = {p: dict(e) for p, e in plan["edits"].items()}  # type: ignore[assignment]
     for name, shape in shapes.items():
         _reshape(model, name, shape)
+    if isinstance(model, Wired) and plan.get("wiring"):
+        model.wiring = wiring_from(plan["wiring"])
     return model
 
 
@@ -225,16 +138,6 @@ def _reshape(model: nn.Module, name: str, shape: tuple[int, ...]) -> None:
 
 
 # --- forms and codes as data and tensors ------------------------------------------------------------------------------
-
-
-def activation_forms(model: nn.Module) -> dict[str, dict[str, Form]]:
-    """The forms on activations: {module path: {"input" | "output" | "grad": form}}."""
-    found: dict[str, dict[str, Form]] = {}
-    for path, module in model.named_modules():
-        forms = {at: form for at in ACTIVATIONS if (form := activation_form(module, at)) is not None}
-        if forms:
-            found[path] = forms
-    return found
 
 
 def blueprint(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -491,6 +491,16 @@ def activation_form(module: nn.Module, at: str) -> Form | None:
     return module._modules.get(f"fw_{at}")  # type: ignore[return-value]
 
 
+def activation_forms(model: nn.Module) -> dict[str, dict[str, Form]]:
+    """The forms on activations: {module path: {"input" | "output" | "grad": form}}."""
+    found: dict[str, dict[str, Form]] = {}
+    for path, module in model.named_modules():
+        forms = {at: form for at in ACTIVATIONS if (form := activation_form(module, at)) is not None}
+        if forms:
+            found[path] = forms
+    return found
+
+
 # The hooks are functions that look their form up on the module, so that a deep copy finds its own.
 def _on_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (module._modules["fw_input"](args[0]), *args[1:])  # type: ignore[misc]

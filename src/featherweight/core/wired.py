@@ -89,6 +89,9 @@ class Wiring:
     output: Any
     conditions: tuple[Any, ...] = ()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Wiring:
+        return self  # nothing in it ever changes
+
     def example(self, batch: int | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments and keyword arguments that the network takes, made anew: normal, or integers in their bounds."""
         generator = torch.Generator().manual_seed(0)

@@ -9,6 +9,7 @@ effect, are kept and checked at every call.
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import signal
 import threading
@@ -24,8 +25,8 @@ from torch.export import Dim, ExportedProgram
 from torch.export._tree_utils import reorder_kwargs
 from torch.utils import _pytree as pytree
 
-from featherweight.core.blueprint import TYPES, activation_forms
-from featherweight.core.forms import ACTIVATIONS, Form, activation_form, bake, form_names, own_modules
+from featherweight.core.forms import ACTIVATIONS, Form, activation_form, activation_forms, bake, form_names, own_modules
+from featherweight.core.layers import TYPES
 from featherweight.core.operators import CHECKS, target_name
 from featherweight.core.task import as_call, device_of, eval_mode, to_device
 from featherweight.core.trace import graph_inputs, operator_name, trace, uncached, weight_tensors
@@ -47,7 +48,21 @@ from featherweight.errors import FeatherweightError, TraceError
 
 SECONDS = 12.0  # that tracing with every size symbolic may take; beyond it only the batch is
 CONDITIONS = 64  # that a wiring may hold
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 TOLERANCE = 1e-4  # of the largest output, between the model and its wiring
+
+
+@dataclass(frozen=True)
+class Known:
+    """What was found for a model of this outline: its wiring and the constants of its code, or why there is none."""
+
+    outline: str
+    wiring: Wiring | None = None
+    lifted: Mapping[str, Tensor] = field(default_factory=dict)
+    why_not: str = ""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Known:
+        return self  # nothing in it ever changes
 
 
 def wire(model: nn.Module, example_inputs: Any) -> Wired:
@@ -64,25 +79,67 @@ def wire(model: nn.Module, example_inputs: Any) -> Wired:
         model = bake(copy.deepcopy(model))
     if isinstance(model, Wired):
         return copy.deepcopy(model)
-    args, kwargs = as_call(to_device(example_inputs, device_of(model)))
-    given = _paired((args, kwargs))
-    wanted = [_free_sizes, _free_batch, _fixed]
+    given = as_call(to_device(example_inputs, device_of(model)))
+    return _again(model, given) or _anew(model, given)
+
+
+def _anew(model: nn.Module, given: Call) -> Wired:
+    """Traces the model with as many free sizes as it allows; what was found is remembered on the model."""
+    paired = _paired(given)
     failed: list[str] = []
-    for shapes in wanted:
-        if shapes is _free_sizes and not _accepts(model, given):
-            given = (args, kwargs)
+    for shapes in (_free_sizes, _free_batch, _fixed):
+        if shapes is _free_sizes and not _accepts(model, paired):
+            paired = given
         try:
-            program = _traced(model, given, shapes)
-            wired = _Writer(model, program, given).wired()
-            return _checked(model, wired, given)
+            program = _traced(model, paired, shapes)
+            wired = _checked(model, _Writer(model, program, paired).wired(), paired)
         except FeatherweightError as error:
             failed.append(str(error))
+            continue
+        model._fw_wiring = Known(_outline(model, given), wired.wiring, _constants(wired, model))  # type: ignore[assignment]
+        return wired
+    model._fw_wiring = Known(_outline(model, given), why_not=failed[-1])  # type: ignore[assignment]
     raise TraceError(failed[-1])
 
 
-# --- tracing with free sizes ------------------------------------------------------------------------------------------
+def _again(model: nn.Module, given: Call) -> Wired | None:
+    """The wiring that this model, or the one that it is a copy of, had before, if it still computes the same."""
+    known = getattr(model, "_fw_wiring", None)
+    if not isinstance(known, Known) or known.outline != _outline(model, given):
+        return None
+    if known.wiring is None:
+        raise TraceError(known.why_not)
+    wired = _assembled(model, known.wiring, known.lifted)
+    return None if _differs(_run(model, given), wired, given) else wired
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+def remember(source: nn.Module, target: nn.Module) -> None:
+    """Lets a model know the wiring that was found for a copy of it."""
+    known = getattr(source, "_fw_wiring", None)
+    if isinstance(known, Known):
+        target._fw_wiring = known  # type: ignore[assignment]
+
+
+def _outline(model: nn.Module, given: Call) -> str:
+    """What a model's wiring depends on: kinds and settings of its modules, shapes of its tensors and of the inputs."""
+    parts = [f"{path} {type(m).__qualname__} {_settings(m)}" for path, m in model.named_modules()]
+    parts += [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in weight_tensors(model).items()]
+    parts += [str(getattr(t, "shape", t)) for t in pytree.tree_leaves(given)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _settings(module: nn.Module) -> list[tuple[str, Any]]:
+    plain = (bool, int, float, str, tuple, list, type(None))
+    named = {k: v for k, v in vars(module).items() if k != "training" and not k.startswith("_")}
+    return [(k, v) for k, v in named.items() if isinstance(v, plain)]
+
+
+def _constants(wired: Wired, model: nn.Module) -> dict[str, Tensor]:
+    known = dict(model.named_buffers())
+    return {name: tensor for name, tensor in wired.named_buffers() if name not in known and "." not in name}
+
+
+# --- tracing with free sizes ------------------------------------------------------------------------------------------
 
 
 def _paired(given: Call) -> Call:
