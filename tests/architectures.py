@@ -16,7 +16,7 @@ from coupled import COUPLED
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network, made anew at every call, and inputs for it: a tensor, a tuple, or a dictionary of keyword arguments."""
+    """A network, made anew at every call, and inputs: a tensor, a tuple, or a dictionary of keyword arguments."""
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], Any]
@@ -41,7 +41,7 @@ def of(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
     return partial(named, model, config, **options)
 
 
-VIT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, patch_size=8)
+VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "patch_size": 8}
 
 
 def resnet_backbone() -> Any:
@@ -89,7 +89,7 @@ def dpt() -> nn.Module:
     return named(
         "DPTForDepthEstimation",
         "DPTConfig",
-        **(VIT | dict(num_hidden_layers=4)),
+        **(VIT | {"num_hidden_layers": 4}),
         image_size=32,
         backbone_out_indices=[0, 1, 2, 3],
         neck_hidden_sizes=[8, 16, 24, 32],
