@@ -134,7 +134,13 @@ VISION: dict[str, Architecture] = {
         of("MobileNetV2ForImageClassification", "MobileNetV2Config", depth_multiplier=0.35), images
     ),
     "EfficientNet": Architecture(
-        of("EfficientNetForImageClassification", "EfficientNetConfig", width_coefficient=0.25, depth_coefficient=0.5),
+        of(
+            "EfficientNetForImageClassification",
+            "EfficientNetConfig",
+            width_coefficient=0.25,
+            depth_coefficient=0.5,
+            hidden_dim=320,
+        ),
         images,
     ),
     "RegNet": Architecture(
@@ -223,7 +229,7 @@ VISION: dict[str, Architecture] = {
             "CvtConfig",
             embed_dim=[16, 32, 48],
             num_heads=[1, 2, 3],
-            depth=[1, 1, 2],
+            depth=[1, 2, 3],
         ),
         images,
     ),
