@@ -10,11 +10,12 @@ import pytest
 import featherweight
 
 SOURCE = Path(featherweight.__file__).parent
-BASE = {"errors", "catalogue", "core"}
+BASE = {"errors", "allowed", "catalogue", "core"}
 VERBS = {"prune", "quantize", "factorize", "share", "distill", "rewrite"}
 MAY = {
     "errors": set(),
-    "catalogue": {"errors"},
+    "allowed": {"errors"},
+    "catalogue": {"errors", "allowed"},
     "core": BASE,
     "ingredients": BASE,
     "coding": BASE | {"coding"},
@@ -51,7 +52,10 @@ def test_nothing_below_imports_what_stands_on_it(path):
             "outputs",
             "provenance",
             "checkpoint",
+            "recipe_model",
+            "recipe_text",
             "pipeline",
+            "running",
             "sources",
             "commands",
             "cli",

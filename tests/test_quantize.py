@@ -170,7 +170,7 @@ def test_tied_layers_share_one_grid() -> None:
 
 def test_refusals() -> None:
     task = small_task()
-    with pytest.raises(UnknownName, match="unknown grid 'symetric': did you mean 'symmetric'"):
+    with pytest.raises(UnknownName, match="unknown weights 'symetric': did you mean 'symmetric'"):
         quantize(small_cnn(), task, weights="symetric")
     with pytest.raises(BadOption, match="weight_bits=0"):
         quantize(small_cnn(), task, weight_bits=0)

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from featherweight.coding import inspect, load, save, unpack
     from featherweight.core.fit import fit
     from featherweight.core.task import Metric, Task, accuracy, evaluate
+    from featherweight.core.tracking import tracking
     from featherweight.figures import measure
     from featherweight.pipeline import Result, compress
+    from featherweight.running import run
 
 _WHERE = {
     "Task": "core.task",
@@ -30,6 +32,8 @@ _WHERE = {
     "fit": "core.fit",
     "compress": "pipeline",
     "Result": "pipeline",
+    "run": "running",
+    "tracking": "core.tracking",
     "measure": "figures",
     "save": "coding",
     "load": "coding",
@@ -52,7 +56,9 @@ __all__ = [
     "load",
     "measure",
     "methods",
+    "run",
     "save",
+    "tracking",
     "unpack",
     "zoo",
 ]

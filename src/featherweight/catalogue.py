@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, TypeVar
 
-from featherweight.errors import BadOption, unknown
+from featherweight import allowed
+from featherweight.errors import BadOption, unknown, within
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -23,11 +24,16 @@ VERBS = ("prune", "quantize", "factorize", "share", "distill", "rewrite")
 
 @dataclass(frozen=True)
 class Option:
-    """One keyword of a method: its name, default and meaning."""
+    """One keyword of a method: its name, default, meaning and annotation."""
 
     name: str
     default: Any
     meaning: str
+    hint: Any = field(default=Any, repr=False)
+
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of what a recipe may say, with default and meaning."""
+        return {**allowed.schema(self.hint), "default": plain(self.default), "description": self.meaning}
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Entry:
 
     def options(self) -> list[Option]:
         """The keyword options that a user may set, with this method's defaults and the meaning in the docstring."""
-        meanings = documented(self.function)
+        meanings, hints = documented(self.function), allowed.hints(self.function)
         found = []
         for name, parameter in inspect.signature(self.function).parameters.items():
             if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
@@ -66,7 +72,8 @@ class Entry:
             default = self.defaults.get(name, parameter.default)
             if callable(default):  # an ingredient that makes this method what it is
                 default = getattr(default, "__name__", repr(default))
-            found.append(Option(name, None if default is inspect.Parameter.empty else default, meanings.get(name, "")))
+            default = None if default is inspect.Parameter.empty else default
+            found.append(Option(name, default, meanings.get(name, ""), hints.get(name, Any)))
         return found
 
     def facts(self) -> dict[str, Any]:
@@ -80,7 +87,15 @@ class Entry:
             "needs": sorted(self.needs),
             "shrinks": sorted(self.shrinks),
             "summary": self.doc,
-            "options": [{"name": o.name, "default": plain(o.default), "meaning": o.meaning} for o in self.options()],
+            "options": [
+                {
+                    "name": o.name,
+                    "default": plain(o.default),
+                    "allowed": allowed.told(allowed.schema(o.hint)),
+                    "meaning": o.meaning,
+                }
+                for o in self.options()
+            ],
         }
 
 
@@ -129,6 +144,7 @@ def recipe(
     small: Mapping[str, Any] | None = None,
     aliases: tuple[str, ...] = (),
     coder: str | None = None,
+    rules: tuple[allowed.Rule, ...] = (),
 ) -> Callable[[F], F]:
     """Declares a function `(model, task, *, options) -> model` to be a method whose id is the function's name.
 
@@ -138,9 +154,11 @@ def recipe(
         shrinks: what the contract measures: "weights" (zeros), "bits" (coded bytes), "channels", "factors" (MACs).
         small: options that make the contract tests fast.
         coder: the entropy coder that belongs to the paper, used for the file unless another is asked for.
+        rules: what refuses options that do not go together.
     """
 
     def declare(function: F) -> F:
+        function = allowed.checked(*rules)(function)
         function.__entry__ = Entry(  # type: ignore[attr-defined]
             id=function.__name__,
             family=family,
@@ -275,18 +293,38 @@ def fill(slot: str, given: str | Callable[..., Any]) -> Callable[..., Any]:
     return known[given]
 
 
+@dataclass(frozen=True)
+class Slot:
+    """Marks an option that takes the name of an ingredient: `Annotated[str, Slot("score")] | Score`."""
+
+    name: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.literal_schema(sorted(_discovered()[1].get(self.name, {})))
+
+
+def check_option(found: Entry, name: str, value: Any) -> None:
+    """Refuses an option that the method does not have, or a value that it does not take; see `check_options`."""
+    names = {option.name for option in found.options()}
+    if name not in names:
+        with within(str(name)):
+            raise unknown(f"option of {found.id}", str(name), names)
+    allowed.check_value(found.function, name, value)
+
+
 def check_options(found: Entry, options: Mapping[str, Any]) -> None:
-    """Refuses an option that the method does not have, with the nearest names.
+    """Refuses what the method does not take: an option that it does not have, a value outside its range.
 
     Raises:
-        UnknownName: the method has no such option.
-        BadOption: a required option is missing.
+        UnknownName: the method has no such option (the nearest are named), or an option no such word.
+        BadOption: a required option is missing, a value is outside its range, or options do not go together.
     """
-    names = {o.name for o in found.options()}
-    for name in options:
-        if name not in names:
-            raise unknown(f"option of {found.id}", name, names)
+    for name, value in options.items():
+        check_option(found, name, value)
     for name, parameter in inspect.signature(found.function).parameters.items():
         required = parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
         if required and name not in options and name not in found.defaults:
             raise BadOption(f"{found.id} needs the option {name}: pass {name}=...")
+    allowed.check_together(found.function, {**found.defaults, **options})

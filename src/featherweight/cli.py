@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from featherweight.errors import FeatherweightError
+from featherweight.recipe_model import NETWORK, Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,7 +23,6 @@ app = typer.Typer(
 )
 
 INTERRUPTED = 130  # the exit code of Ctrl-C
-NETWORK = "zoo name (lenet5, resnet:depth=20,width=0.5), file.py:function or package.module:function"
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, results only")]
 
 
@@ -37,55 +39,66 @@ def main() -> None:
         raise
 
 
-@app.command(
-    epilog="Example: `featherweight compress lenet5 --data mnist5k --method magnitude_iterative:sparsity=0.9 "
-    "--method kmeans_share:weight_bits=4 --until 'size<=0.03x' --guard 'drop<=0.5pt' --out runs/lenet5`"
-)
-def compress(
-    network: Annotated[str, typer.Argument(help=NETWORK)],
-    data: Annotated[str, typer.Option(help="data set (mnist5k, mnist, fashion_mnist) or function that returns a Task")],
-    method: Annotated[list[str], typer.Option(help="id:option=value,option=value; repeat it for a chain")],
-    out: Annotated[Path, typer.Option(help="folder for model.fw, model.onnx, report.json and the checkpoints")],
-    weights: Annotated[Path | None, typer.Option(help="safetensors file or torch state dict of the network")] = None,
-    train: Annotated[
-        int | None,
-        typer.Option(help="train the network first for so many epochs (10 for a zoo network without weights)"),
-    ] = None,
-    until: Annotated[
-        str | None, typer.Option(help="stop when this holds: 'size<=0.1x', 'latency<=5ms', 'macs<=2M'")
-    ] = None,
-    guard: Annotated[str | None, typer.Option(help="roll a method back that breaks this: 'drop<=0.5pt'")] = None,
-    strict: Annotated[bool, typer.Option(help="the guard must hold at the upper end of the 95 % interval")] = False,
-    student: Annotated[
-        str | None, typer.Option(help="the network that is trained in place of the first, its teacher")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="of the zoo's data sets")] = 128,
-    seed: Annotated[int, typer.Option(help="of every random choice")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the last finished method of this run")] = False,
-    quiet: Quiet = False,
-) -> None:
+def _flags(command: Callable[..., None], first: str, kind: Any, told: str) -> Callable[..., None]:
+    """Gives a command its argument, and a flag for every key of a recipe: same names, meanings and types."""
+    parameters = [_parameter(first, kind, typer.Argument(help=told))]
+    for key, field in Recipe.model_fields.items():
+        name, kind = ("method", list[str]) if key == "chain" else (key, FLAGS.get(key, str))
+        told = "id:option=value,option=value; repeat it for a chain" if key == "chain" else str(field.description)
+        words = f"--{name.replace('_', '-')}" + (f"/--no-{name}" if kind is bool else "")
+        if name != first:
+            parameters.append(_parameter(name, kind | None, typer.Option(None, words, help=told, show_default=False)))
+    parameters.append(_parameter("quiet", bool, typer.Option(False, "--quiet", "-q", help="no progress, results only")))
+    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+FLAGS: dict[str, Any] = {"train": int, "batch_size": int, "seed": int, "threads": int, "tracker": list[str]}
+FLAGS |= dict.fromkeys(("strict", "measure", "onnx", "resume"), bool)
+
+
+def _parameter(name: str, kind: Any, default: Any) -> Parameter:
+    return Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=kind)
+
+
+def compress(quiet: bool, **flags: Any) -> None:
     """Compress a network with one method or a chain, measure it, and write model.fw, model.onnx and report.json."""
+    _run(None, flags, quiet)
+
+
+def run(recipe: Path, quiet: bool, **flags: Any) -> None:
+    """Carry out a recipe (YAML). Flags stand above its keys."""
+    _run(recipe, flags, quiet)
+
+
+def _run(recipe: Path | None, flags: dict[str, Any], quiet: bool) -> None:
     from featherweight import commands
 
-    asked = {"network": network, "data": data, "weights": weights, "student": student, "batch_size": batch_size}
-    result = commands.compress(
-        asked,
-        list(method),
-        out=out,
-        train=train,
-        until=until,
-        guard=guard,
-        strict=strict,
-        seed=seed,
-        resume=resume,
-        show=not quiet,
-    )
+    result, out = commands.run(recipe, flags, show=not quiet)
     commands.show_ledger(result.report, out)
     if not result.reached:
         raise FeatherweightError(
             f"the budget was not reached ({'; '.join(result.report['budget']['binds'])}): the nearest result is in "
             f"{out}, add a method to the chain or allow more"
         )
+
+
+app.command(
+    epilog="Example: `featherweight compress lenet5 --data mnist5k --method magnitude_iterative:sparsity=0.9 "
+    "--method kmeans_share:weight_bits=4 --until 'size<=0.03x' --guard 'drop<=0.5pt' --out runs/lenet5`"
+)(_flags(compress, "model", str, NETWORK))
+app.command(epilog="Example: `featherweight run examples/lenet5.yaml`, `featherweight run mine.yaml --seed 1 --out b`")(
+    _flags(run, "recipe", Path, "a recipe file; docs/recipes.md says what is in it")
+)
+
+
+@app.command(epilog="Example: `featherweight schema > recipe.schema.json`")
+def schema() -> None:
+    """Print the JSON schema of recipes, with every method and option, so that an editor completes and checks them."""
+    from featherweight import recipe_model
+
+    print(json.dumps(recipe_model.schema(), indent=1))
 
 
 @app.command(epilog="Example: `featherweight methods tucker2_vbmf`, `featherweight methods --family prune --json`")

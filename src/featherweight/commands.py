@@ -14,78 +14,27 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from featherweight import budget, catalogue, coding, figures, outputs, pipeline, provenance, sources
+from featherweight import catalogue, coding, figures, pipeline, running, sources
 from featherweight import export as exporting
 from featherweight.core import progress
 from featherweight.core.task import Task, evaluate
 from featherweight.core.wired import Wired
-from featherweight.errors import BadData, FormatError, unknown
+from featherweight.errors import BadData, BadOption, FormatError, unknown
+from featherweight.recipe_model import Recipe
 
 console = Console(markup=False, width=None if sys.stdout.isatty() else 140)  # tables in a log file keep their columns
-TRAIN_EPOCHS = 10  # of a zoo network that comes without weights
-TRAIN_LR = 2e-3
 
 
-def compress(
-    asked: Mapping[str, Any],
-    methods: Sequence[str],
-    *,
-    out: Path,
-    train: int | None,
-    resume: bool,
-    show: bool,
-    **options: Any,
-) -> pipeline.Result:
-    """`featherweight compress`: the network, its data and weights by name, trained first where it has no weights."""
-    chain = [sources.method(spec) for spec in methods]
-    for name, given in chain:  # before anything is read or trained
-        catalogue.check_options(catalogue.entry(name, "method"), given)
-    for text in (options.get("until"), options.get("guard")):
-        budget.parse(text)
-    with progress.showing(show):
-        task = sources.task(asked["data"], batch_size=asked["batch_size"])
-        outputs.prepare(out)
-        model = _model(asked["network"], asked["weights"], task, out, train, options["seed"], resume)
-        student = None if asked["student"] is None else sources.network(asked["student"])
-    result = pipeline.compress(model, task, list(chain), out=out, resume=resume, student=student, show=show, **options)
-    # so that `verify` and `bench` can build the network again
-    result.report["command"] = {k: str(v) if isinstance(v, Path) else v for k, v in asked.items()} | {"train": train}
-    outputs.write_json(out / "report.json", result.report)
-    return result
-
-
-def _model(
-    network: str, weights: Path | None, task: Task, out: Path, train: int | None, seed: int, resume: bool
-) -> nn.Module:
-    """The network to compress; one that is trained here keeps its weights beside the results, to resume and verify."""
-    provenance.seed_everything(seed, -1)
-    model = sources.network(network)
-    if weights is not None:
-        model = sources.load_weights(model, weights)
-    untrained = weights is None and not sources.is_function(network)
-    epochs = train if train is not None else TRAIN_EPOCHS if untrained else 0
-    kept = out / "original.safetensors"
-    if epochs == 0:
-        kept.unlink(missing_ok=True)  # of an earlier run that trained
-        return model.eval()
-    if resume and kept.exists():
-        return sources.load_weights(model, kept).eval()
-    progress.say(f"training {network} for {epochs} epochs first")
-    task.fit(model, task, epochs=epochs, lr=TRAIN_LR, label="train")
-    save_weights(model, kept)
-    return model.eval()
-
-
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Writes a state dict as safetensors, through a temporary file; tied tensors once each name."""
-    from safetensors.torch import save_file
-
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        save_file({k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}, temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise BadData(f"{path} cannot be written ({error.strerror}): choose another folder") from None
+def run(recipe: Path | None, flags: Mapping[str, Any], *, show: bool) -> tuple[pipeline.Result, Path]:
+    """`featherweight run` and `featherweight compress`: a recipe file or none, the flags that were given above it."""
+    over = {key: value for key, value in flags.items() if value is not None and key != "method"}
+    if flags["method"]:
+        over["chain"] = [sources.method(spec) for spec in flags["method"]]
+    read: Path | dict[str, Any] = {} if recipe is None else recipe
+    out = running.load(read, over)[0].out
+    if out is None:
+        raise BadOption("out is missing: pass --out FOLDER for the results, or put out: into the recipe")
+    return running.run(read, show=show, **over), Path(out)
 
 
 # --- reading a result back --------------------------------------------------------------------------------------------
@@ -102,23 +51,27 @@ def read_report(directory: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise FormatError(f"{path} cannot be read: {error}") from None
-    if not isinstance(report, dict) or not {"original", "result", "onnx", "split", "stages"} <= report.keys():
+    if (
+        not isinstance(report, dict)
+        or not {"original", "result", "onnx", "split", "stages", "reproduce"} <= report.keys()
+    ):
         raise FormatError(f"{path} is no report of a whole run: run `featherweight compress` again")
     return report
 
 
 def rebuilt(directory: Path, report: Mapping[str, Any]) -> tuple[nn.Module, nn.Module, Task] | None:
-    """The original, the result and the task of a run that was started from the command line; None for any other run."""
-    asked = report.get("command")
-    if asked is None:
+    """The original, the result and the task of a run whose recipe names them all; None for any other run."""
+    made = report["reproduce"]
+    if made["recipe"] is None or made["needs"]:
         return None
-    task = sources.task(asked["data"], batch_size=asked["batch_size"])
-    original = sources.network(asked["network"])
+    asked = Recipe.model_validate(made["recipe"])
+    task = sources.task(asked.data, batch_size=asked.batch_size)
+    original = sources.network(asked.model)
     kept = directory / "original.safetensors"
-    weights = kept if kept.exists() else asked["weights"]
+    weights = kept if kept.exists() else asked.weights
     if weights is not None:
         sources.load_weights(original, weights)
-    fresh = copy.deepcopy(original) if asked["student"] is None else sources.network(asked["student"])
+    fresh = copy.deepcopy(original) if asked.student is None else sources.network(asked.student)
     return original.eval(), coding.load(directory / "model.fw", into=fresh).eval(), task
 
 
@@ -139,7 +92,7 @@ def verify(directory: Path, *, show: bool) -> Iterator[str]:
         yield f"model.onnx: runs in ONNX Runtime, {onnx.stat().st_size} bytes"
     built = rebuilt(directory, report)
     if built is None:
-        yield "the metric was not measured again: this run was not started from the command line"
+        yield "the metric was not measured again: the recipe of this run does not name its model and data"
         return
     with progress.showing(show):
         _, result, task = built
@@ -170,7 +123,7 @@ def unpack(file: Path, onnx: Path | None, weights: Path | None, into: str | None
         return
     model = coding.load(file, into=None if into is None else sources.network(into)).eval()
     if weights is not None:
-        save_weights(model, weights)
+        sources.save_weights(model, weights)
         yield f"{weights}: {weights.stat().st_size} bytes"
     if onnx is not None:
         if isinstance(model, Wired):
@@ -218,7 +171,9 @@ def bench(directory: Path, *, threads: int, batches: Sequence[int], seconds: flo
     report = read_report(directory)
     built = rebuilt(directory, report)
     if built is None:
-        raise BadData(f"{directory} was not made from the command line: time it with featherweight.figures.latency")
+        raise BadData(
+            f"{directory} was made from a model or data without a name: time it with featherweight.figures.latency"
+        )
     original, result, task = built
     inputs = task.inputs()
     with tempfile.TemporaryDirectory() as folder:
@@ -307,10 +262,10 @@ def show_method(row: dict[str, Any]) -> None:
     if row["aliases"]:
         console.print(f"aliases: {', '.join(row['aliases'])}")
     table = Table()
-    for column in ("option", "default", "meaning"):
+    for column in ("option", "default", "allowed", "meaning"):
         table.add_column(column)
     for option in row["options"]:
-        table.add_row(option["name"], str(option["default"]), option["meaning"])
+        table.add_row(option["name"], str(option["default"]), option["allowed"], option["meaning"])
     console.print(table)
 
 

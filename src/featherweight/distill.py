@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from featherweight.catalogue import fill
-from featherweight.core.check import positive
-from featherweight.core.fit import MakeOptimizer
+from featherweight.allowed import Amount, Positive, checked
+from featherweight.catalogue import Slot, fill
+from featherweight.core.fit import Optimizers
 from featherweight.core.surgery import taps
 from featherweight.core.task import Batch, Task, device_of, eval_mode, prediction, run, to_device
 from featherweight.errors import BadOption, MissingNeed
@@ -23,18 +23,25 @@ Match = Callable[[Taps, Taps, Batch, float], Tensor]
 """`(student's taps, teacher's taps, batch, progress) -> loss`; a module's parameters train along and are dropped."""
 
 
+def learns(options: Mapping[str, Any]) -> None:
+    """Refuses a loss without terms."""
+    if options["labels"] == 0 and options["weight"] == 0:
+        raise BadOption("labels=0 and weight=0 leave nothing to learn from: raise one of them")
+
+
+@checked(learns)
 def distill(
     model: nn.Module,
     task: Task,
     *,
-    match: str | Match = "softened",
+    match: Annotated[str, Slot("match")] | Match = "softened",
     pairs: Sequence[tuple[str, str]] = (),
-    labels: float = 0.1,
-    weight: float | Callable[[float], float] = 0.9,
+    labels: Amount = 0.1,
+    weight: Amount | Callable[[float], float] = 0.9,
     whole: bool = True,
-    epochs: float = 10,
-    lr: float = 1e-3,
-    optimizer: str | MakeOptimizer | None = None,
+    epochs: Amount = 10,
+    lr: Positive = 1e-3,
+    optimizer: Optimizers = None,
     params: Iterable[nn.Parameter] | None = None,
 ) -> nn.Module:
     """Trains `model`, the student, on `labels * task.loss + weight * match(student, teacher)`.
@@ -58,10 +65,7 @@ def distill(
         BadOption: both weights are 0, or the teacher is the student.
     """
     teacher, compare = teacher_of(model, task), fill("match", match)
-    positive("labels", labels, zero=True)
-    share = weight if callable(weight) else _constant(positive("weight", weight, zero=True))
-    if labels == 0 and weight == 0:
-        raise BadOption("labels=0 and weight=0 leave nothing to learn from: raise one of them")
+    share = weight if callable(weight) else _constant(weight)
     ours, theirs = [a for a, _ in pairs], [b for _, b in pairs]
 
     def step(student: nn.Module, batch: Batch, progress: float) -> dict[str, Tensor]:

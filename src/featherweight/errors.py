@@ -6,12 +6,18 @@ command line sees.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
 class FeatherweightError(Exception):
-    """Root of every error raised on purpose; the command line prints it in one line and exits with code 2."""
+    """Root of every error raised on purpose; the command line prints it in one line and exits with code 2.
+
+    `place` is where in a recipe the trouble lies, as far as it is known: `("chain", 1, "options", "sparsity")`.
+    """
+
+    place: tuple[str | int, ...] = ()
 
 
 class UnknownName(FeatherweightError):
@@ -48,6 +54,20 @@ class ExportError(FeatherweightError):
 
 class CompressionError(FeatherweightError):
     """A method that touched nothing, or left a model that no longer works."""
+
+
+class BadRecipe(FeatherweightError):
+    """A recipe that cannot be read, or that has several things wrong; each stands on a line of its own."""
+
+
+@contextmanager
+def within(*place: str | int) -> Iterator[None]:
+    """Says of an error that leaves the block where it lies: each surrounding block adds what it knows in front."""
+    try:
+        yield
+    except FeatherweightError as error:
+        error.place = (*place, *error.place)
+        raise
 
 
 def unknown(kind: str, given: str, known: Iterable[str], hint: str = "") -> UnknownName:

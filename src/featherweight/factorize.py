@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Interval, Len
 from torch import Tensor, nn
 
-from featherweight.catalogue import fill
-from featherweight.core.check import fraction, positive, whole
-from featherweight.core.fit import MakeOptimizer
+from featherweight.allowed import Amount, Count, Positive, Share, checked
+from featherweight.catalogue import Slot, fill
+from featherweight.core.fit import Optimizers
 from featherweight.core.forms import ACTIVATIONS, activation_form, mask_of, owners
 from featherweight.core.ledger import note, skip
-from featherweight.core.surgery import Where, altered, swap, taps, targets
+from featherweight.core.surgery import WhereLinearOrConv2d, altered, swap, taps, targets
 from featherweight.core.task import Task, check_needs, device_of, eval_mode, to_device
-from featherweight.errors import BadOption, CompressionError
+from featherweight.errors import CompressionError
 
 Rank = Callable[[Tensor], int]
 """The rank of a matrix (rows, columns)."""
@@ -25,19 +26,27 @@ Factor = Callable[..., nn.Module]
 """`(layer, ranks, *, sweeps) -> nn.Module`, declared with `views`: layer -> the matrices whose ranks it takes."""
 
 
+Part = Annotated[float, Interval(gt=0, le=1)]
+"""A fraction of the full rank."""
+
+Pair = Annotated[Sequence[Count], Len(2, 2)]
+"""Ranks of (outputs, inputs)."""
+
+
+@checked()
 def factorize(
     model: nn.Module,
     task: Task,
     *,
-    factor: str | Factor = "tucker2",
-    rank: str | Rank | int | float | Sequence[int] = "vbmf",
-    floor: int = 8,
-    weaken: float = 0.0,
-    sweeps: int = 10,
-    where: Where = None,
-    epochs: float = 5,
-    lr: float = 1e-3,
-    optimizer: str | MakeOptimizer | None = None,
+    factor: Annotated[str, Slot("factor")] | Factor = "tucker2",
+    rank: Annotated[str, Slot("rank")] | Rank | Count | Part | Pair = "vbmf",
+    floor: Count = 8,
+    weaken: Share = 0.0,
+    sweeps: Annotated[int, Ge(0)] = 10,
+    where: WhereLinearOrConv2d = None,
+    epochs: Amount = 5,
+    lr: Positive = 1e-3,
+    optimizer: Optimizers = None,
 ) -> nn.Module:
     """Replaces layers by products of thinner ones, all at once, then fine-tunes the whole network.
 
@@ -60,8 +69,8 @@ def factorize(
         MissingNeed: fine-tuning without labelled training data.
         CompressionError: no layer was replaced.
     """
-    make, choose = fill("factor", factor), _ranks(rank, whole("floor", floor, low=1), _weaken(weaken))
-    if positive("epochs", epochs, zero=True):
+    make, choose = fill("factor", factor), _ranks(rank, floor, weaken)
+    if epochs:
         check_needs({"labels", "train"}, task, "fine-tuning")
     replaced: dict[str, tuple[int, ...]] = {}
     reasons: dict[str, str] = {}
@@ -73,7 +82,7 @@ def factorize(
             reasons[path] = views
             continue
         ranks = tuple(choose(view, i) for i, view in enumerate(views))
-        new = make(layer, ranks, sweeps=whole("sweeps", sweeps))
+        new = make(layer, ranks, sweeps=sweeps)
         before, after = (cost(m, inputs[path]) for m in (layer, new))
         if after[0] >= before[0] or after[1] >= before[1]:
             reasons[path] = f"ranks {ranks} would need {after[0]:,} parameters and {after[1]:,} MACs, it has " + (
@@ -93,10 +102,6 @@ def factorize(
     return task.fit(model, task, epochs=epochs, lr=lr, optimizer=optimizer, label="fine-tune") if epochs else model
 
 
-def _weaken(value: float) -> float:
-    return fraction("weaken", value, high=1.0 + 1e-12)
-
-
 def _ranks(rank: Any, floor: int, weaken: float) -> Callable[[Tensor, int], int]:
     """(matrix, index of the matrix) -> its rank, at least 1 and at most the full one."""
 
@@ -108,12 +113,8 @@ def _ranks(rank: Any, floor: int, weaken: float) -> Callable[[Tensor, int], int]
         rule = fill("rank", rank)
         return lambda matrix, i: _within(relaxed(rule(matrix), min(matrix.shape)), matrix)
     if isinstance(rank, float):
-        part = fraction("rank", rank, low=1e-9, high=1.0 + 1e-12)
-        return lambda matrix, i: _within(relaxed(round(part * min(matrix.shape)), min(matrix.shape)), matrix)
-    given = list(rank) if isinstance(rank, (list, tuple)) else [rank, rank]
-    if len(given) != 2:
-        raise BadOption(f"rank={rank!r}: must be one rank, a pair (outputs, inputs), a fraction or the name of a rule")
-    fixed = [whole("rank", r, low=1) for r in given]
+        return lambda matrix, i: _within(relaxed(round(rank * min(matrix.shape)), min(matrix.shape)), matrix)
+    fixed = [rank, rank] if isinstance(rank, int) else rank
     return lambda matrix, i: _within(fixed[i], matrix)
 
 

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from featherweight import budget, catalogue, export
+from featherweight import allowed, budget, catalogue, export, recipe_text
 from featherweight.catalogue import Entry
 from featherweight.checkpoint import Checkpoints
 from featherweight.coding import SaveReport, load, save
-from featherweight.core import ledger, progress
+from featherweight.core import ledger, progress, tracking
 from featherweight.core.cost import cost
 from featherweight.core.forms import bake
+from featherweight.core.surgery import find_layers
 from featherweight.core.task import (
     Score,
     Task,
@@ -38,7 +39,7 @@ from featherweight.core.task import (
     to_device,
 )
 from featherweight.core.wiring import remember
-from featherweight.errors import BadData, BadOption, CompressionError, FeatherweightError
+from featherweight.errors import BadData, BadOption, BadRecipe, CompressionError, FeatherweightError, within
 from featherweight.figures import figures_of, latency, paired_test, rows
 from featherweight.outputs import FRESH, prepare, take_over, write_json
 from featherweight.provenance import (
@@ -49,8 +50,10 @@ from featherweight.provenance import (
     raw,
     raw_bytes,
     seed_everything,
+    threads_of,
     versions,
 )
+from featherweight.recipe_model import check_settings
 
 Step = str | tuple[str, Mapping[str, Any]] | Callable[..., nn.Module]
 
@@ -80,6 +83,18 @@ class Result:
         """Whether the budget holds (True without one)."""
         return bool(self.report["budget"]["reached"])
 
+    @property
+    def recipe(self) -> str:
+        """The run as a recipe in YAML: `fw.run` of it gives the same bytes, given the same model and task.
+
+        Raises:
+            BadRecipe: the chain holds what only Python can say.
+        """
+        made = self.report["reproduce"]
+        if made["recipe"] is None:
+            raise BadRecipe(f"there is no recipe of this run: {made['why']}")
+        return recipe_text.dump(made["recipe"])
+
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Writes model.fw, model.onnx (where the model can be exported) and report.json into a folder."""
         out = prepare(Path(directory))
@@ -107,6 +122,9 @@ def compress(
     measure: bool = True,
     onnx: bool = True,
     student: nn.Module | None = None,
+    threads: int | None = None,
+    tracker: tracking.Tracker | None = None,
+    tracker_dir: str | os.PathLike[str] | None = None,
     show: bool = False,
     **options: Any,
 ) -> Result:
@@ -126,29 +144,54 @@ def compress(
         measure: also count cost and bytes and time latency; without it only the metric is measured.
         onnx: also write and check the ONNX file.
         student: the network that gets smaller or is trained in place of the model, which is then only the teacher.
+        threads: threads of PyTorch, on which the bytes of a result depend; as many as there are when left out.
+        tracker: log every step's losses and every method's figures with "tensorboard", "wandb", "mlflow" or another of
+            Accelerate's trackers, by name or as an object.
+        tracker_dir: folder of trackers that write files; `tracking` in `out` when left out.
         show: show progress on standard error.
 
     Raises:
         FeatherweightError: anything that is wrong with the call, in one sentence; nothing has been written then.
     """
-    chain = _chain(method, options)
-    limits, guards = budget.parse(until), budget.parse(guard)
-    for network in (model, student) if student is not None else (model,):
-        _check(network, task, chain)
-    with progress.showing(show):
+    out, tracker_dir = (None if path is None else os.fspath(path) for path in (out, tracker_dir))
+    settings: dict[str, Any] = {"until": until, "guard": guard, "strict": strict, "seed": seed, "threads": threads}
+    settings |= {"measure": measure, "onnx": onnx, "out": out, "resume": resume, "tracker_dir": tracker_dir}
+    check_settings(settings)
+    logs = tracker_dir if tracker_dir is not None or out is None else str(Path(out) / "tracking")
+    with within("tracker"):
+        trackers = None if tracker is None else tracking.check_tracker(tracker, logs)
+    with progress.showing(show), threads_of(threads):
+        if trackers and out is not None:
+            prepare(Path(out))  # before anything is logged there
         session = _Session(
             model,
             task,
-            chain,
-            limits=limits,
-            guards=guards,
+            check(model, task, method, student=student, **options),
+            limits=budget.parse(until),
+            guards=budget.parse(guard),
             seed=seed,
             strict=strict,
             measure=measure,
             write_onnx=onnx,
             student=student,
         )
-        return session.run(Path(out) if out is not None else None, resume)
+        with tracking.tracking(trackers, logs, session.told()):
+            return session.run(None if out is None else Path(out), resume)
+
+
+def check(
+    model: nn.Module, task: Task, method: Step | Sequence[Step], *, student: nn.Module | None = None, **options: Any
+) -> list[tuple[Entry, dict[str, Any]]]:
+    """Refuses what `compress` would refuse of a chain, and returns it as (entry, options).
+
+    Raises:
+        FeatherweightError: in one sentence, `place` set where it lies in the chain.
+    """
+    chain = _chain(method, options)
+    for network in (model, student) if student is not None else (model,):
+        _check(network, task, chain)
+    _check_layers(model if student is None else student, chain)
+    return chain
 
 
 def _chain(method: Any, options: Mapping[str, Any]) -> list[tuple[Entry, dict[str, Any]]]:
@@ -160,17 +203,21 @@ def _chain(method: Any, options: Mapping[str, Any]) -> list[tuple[Entry, dict[st
     if not steps:
         raise BadOption("the chain is empty: name at least one method, such as 'magnitude_iterative'")
     chain = []
-    for step in steps:
+    for index, step in enumerate(steps):
         name, given = step if isinstance(step, tuple) else (step, {})
-        entry = _entry(name)
-        catalogue.check_options(entry, given)
+        with within("chain", index):
+            with within("method"):
+                entry = _entry(name)
+            with within("options"):
+                catalogue.check_options(entry, given)
         chain.append((entry, dict(given)))
     for later, (entry, _) in enumerate(chain):
         for earlier, _ in chain[:later]:
             for (had, gets), why in LOSES.items():
                 if had in earlier.shrinks and gets in entry.shrinks:
                     cure = "choose one of them" if had == gets else "put it first"
-                    raise BadOption(f"{entry.id} after {earlier.id} would lose what that achieved ({why}): {cure}")
+                    with within("chain", later):
+                        raise BadOption(f"{entry.id} after {earlier.id} would lose what that achieved ({why}): {cure}")
     return chain
 
 
@@ -203,6 +250,17 @@ def _check(model: nn.Module, task: Task, chain: list[tuple[Entry, dict[str, Any]
     for name, batches in (("validation", task.valid), ("training", task.train), ("test", task.test)):
         if batches is not None:
             _probe(probe, task, first(batches, name), name)
+
+
+def _check_layers(model: nn.Module, chain: list[tuple[Entry, dict[str, Any]]]) -> None:
+    """Refuses layer patterns that match nothing, as far as it can be known: an earlier method may change the layers."""
+    for index, (entry, given) in enumerate(chain):
+        with within("chain", index, "options"):
+            find_layers(model, allowed.hints(entry.function), {**entry.defaults, **given})
+        if entry.family == "user" or "factors" in entry.shrinks:
+            if later := ", ".join(one.id for one, _ in chain[index + 1 :]):
+                progress.say(f"{entry.id} may change layers: those that {later} works on are looked up when it starts")
+            return
 
 
 def _probe(model: nn.Module, task: Task, batch: Any, name: str) -> None:
@@ -265,6 +323,7 @@ class _Session:
         self.task = task if task.teacher is not None else replace(task, teacher=self.original)
         self.chain, self.limits, self.guards = chain, limits, guards
         self.seed, self.strict, self.measure, self.write_onnx = seed, strict, measure, write_onnx
+        self.student = student is not None
         self.inputs = task.inputs()
         self.coder = next((entry.coder for entry, _ in reversed(chain) if entry.coder), None)
 
@@ -282,7 +341,7 @@ class _Session:
             state = self._resumed(resume)
             while len(state.stages) < len(self.chain) and not state.done:
                 state = self._stage(state, len(state.stages))
-                record = {"stages": state.stages, "done": state.done, "base": self.base}
+                record = {"stages": state.stages, "done": state.done, "base": self.base, "step": tracking.step()}
                 self.checkpoints.store(len(state.stages) - 1, state.model, record)
             return self._finish(state, folder, started)
 
@@ -328,6 +387,8 @@ class _Session:
             "rolled_back": False,
         }
         broken = self._broken(reached, after)
+        figures = {"metric": after.value, **reached, "rolled_back": bool(broken), "seconds": seconds}
+        tracking.record({f"ledger/{name}": value for name, value in figures.items()})
         if broken:
             progress.say(f"    rolled back: {broken}")
             record |= {"rolled_back": True, "why": broken}
@@ -363,6 +424,30 @@ class _Session:
             "chain": [[e.id, {k: catalogue.plain(v) for k, v in o.items()}] for e, o in self.chain],
             "seed": self.seed,
         }
+
+    def told(self) -> dict[str, Any]:
+        """What was asked for, for trackers: plain words and numbers only."""
+        texts = {"until": self.limits, "guard": self.guards}
+        chain = "; ".join(f"{entry.id} {_named(options)}".rstrip() for entry, options in self.chain)
+        limits = {name: ", ".join(limit.text for limit in held) for name, held in texts.items()}
+        return {"chain": chain, **limits, "seed": self.seed, "strict": self.strict}
+
+    def reproduce(self) -> dict[str, Any]:
+        """A recipe of this run, what `fw.run` needs beside it, and why there is none where that is so."""
+        own = [entry.id for entry, _ in self.chain if entry.family == "user"]
+        own += [
+            f"{e.id}({key}=)" for e, options in self.chain for key, value in options.items() if not _is_plain(value)
+        ]
+        if own:
+            return {"recipe": None, "needs": [], "why": f"only Python can say {', '.join(own)}"}
+        steps = [{"method": e.id, **({"options": recipe_text.plain(o)} if o else {})} for e, o in self.chain]
+        found: dict[str, Any] = {"chain": steps}
+        for name, limits in (("until", self.limits), ("guard", self.guards)):
+            found |= {name: ", ".join(limit.text for limit in limits)} if limits else {}
+        found |= {"strict": True} if self.strict else {}
+        found |= {"seed": self.seed, "threads": torch.get_num_threads()}
+        found |= {name: False for name, held in (("measure", self.measure), ("onnx", self.write_onnx)) if not held}
+        return {"recipe": found, "needs": ["model", "task", *(["student"] if self.student else [])], "why": ""}
 
     def _figures(self, model: nn.Module, size: int) -> dict[str, float]:
         """The figures that budgets are about, as far as they are wanted; `size` in bytes, as measured on the file."""
@@ -417,6 +502,7 @@ class _Session:
             return _State(self._fresh(), [])
         index, model, record = found
         progress.say(f"resuming after {index + 1} of {len(self.chain)} methods")
+        tracking.resume_at(record["step"])
         self.base = record["base"]  # a latency is compared with the original's of the run that it was measured in
         return _State(model, record["stages"], record["done"])
 
@@ -492,6 +578,7 @@ class _Session:
             "stages": stages,
             "layers": [],
             "environment": environment(),
+            "reproduce": self.reproduce(),
         }
 
     def _measured(self, report: dict[str, Any], final: nn.Module, saved: Any, files: dict[str, Path]) -> None:
@@ -550,6 +637,15 @@ def _comparable(a: Any, b: Any) -> bool:
 def _told(score: Score) -> dict[str, Any]:
     detail = {k: v for k, v in vars(score).items() if k not in ("per_sample", "targets", "value")}
     return {"metric": score.value, "metric_detail": detail, "params": None, "macs": None, "latency": None}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a recipe can say it."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (str, int, float, bool)
 
 
 def _percent(interval: tuple[float, float] | None) -> list[float] | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import platform
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -24,6 +27,17 @@ def seed_everything(seed: int, index: int) -> None:
     torch.manual_seed(mixed)
 
 
+@contextmanager
+def threads_of(count: int | None) -> Iterator[None]:
+    """PyTorch computes on so many threads inside the block; on as many as before where `count` is None."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def raw(tensor: Tensor) -> bytes:
     """The bytes of a tensor, row by row."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -40,7 +54,7 @@ def digest(model: nn.Module) -> str:
 
 def identity(value: Any) -> Any:
     """An option's value as JSON; a function by its name and code, so that a changed function is another one."""
-    code = getattr(value, "__code__", None)
+    code = getattr(inspect.unwrap(value), "__code__", None)
     if code is None:
         return catalogue.plain(value)
     made = hashlib.sha256(code.co_code + repr(code.co_consts).encode()).hexdigest()

@@ -3,40 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from featherweight.catalogue import fill
-from featherweight.core.check import fraction, one_of, positive, whole
+from featherweight.allowed import Amount, Count, Fraction, Positive, checked
+from featherweight.catalogue import Slot, fill
+from featherweight.core.fit import Optimizers
 from featherweight.core.ledger import note
 from featherweight.core.select import lowest
-from featherweight.core.site import Site, per_layer
-from featherweight.core.surgery import Where
+from featherweight.core.site import PerLayer, Site, per_layer
+from featherweight.core.surgery import WhereWeighted
 from featherweight.core.task import Task
 from featherweight.errors import BadOption
 
 Score = Callable[[Site], Tensor]
 Schedule = Callable[[float], float]
 
-SCOPES = ("layer", "global", "std")
+Scope = Literal["layer", "global", "std"]
 
 
+def starts_below(options: Mapping[str, Any]) -> None:
+    """Refuses a start above the goal, of which masks could only shrink."""
+    sparsity, start = options["sparsity"], options.get("start", 0)
+    least = min(sparsity.values(), default=1.0) if isinstance(sparsity, Mapping) else sparsity
+    if start > least:
+        raise BadOption(f"start={start:g} is above sparsity={least:g}: masks only grow, start below it")
+
+
+def ranks_apart(options: Mapping[str, Any]) -> None:
+    """Refuses to rank layers together that have a fraction each."""
+    if isinstance(options["sparsity"], Mapping) and options["scope"] == "global":
+        raise BadOption('scope="global" ranks layers together, but sparsity names a fraction for each: leave scope out')
+
+
+@checked(starts_below, ranks_apart)
 def prune(
     model: nn.Module,
     task: Task,
     *,
-    score: str | Score = "magnitude",
-    sparsity: float | Mapping[str, float] = 0.9,
-    scope: str = "std",
-    schedule: str | Schedule = "cubic",
-    rounds: int = 4,
-    start: float = 0.0,
-    epochs: float = 8,
-    finetune: float = 4,
-    lr: float = 1e-3,
-    optimizer: str | None = None,
-    where: Where = None,
+    score: Annotated[str, Slot("score")] | Score = "magnitude",
+    sparsity: PerLayer[Fraction] = 0.9,
+    scope: Scope = "std",
+    schedule: Annotated[str, Slot("schedule")] | Schedule = "cubic",
+    rounds: Count = 4,
+    start: Fraction = 0.0,
+    epochs: Amount = 8,
+    finetune: Amount = 4,
+    lr: Positive = 1e-3,
+    optimizer: Optimizers = None,
+    where: WhereWeighted = None,
 ) -> nn.Module:
     """Masks the weights that score lowest, in rounds with retraining between them, and returns the model.
 
@@ -65,14 +82,7 @@ def prune(
         MissingNeed: retraining without training data.
     """
     score, schedule = fill("score", score), fill("schedule", schedule)
-    rounds, scope = whole("rounds", rounds, low=1), one_of("scope", scope, SCOPES)
-    start, lr = fraction("start", start), positive("lr", lr)
-    epochs, finetune = positive("epochs", epochs, zero=True), positive("finetune", finetune, zero=True)
-    found, goals = per_layer(model, "sparsity", sparsity, where, fraction)
-    if start > min(goals.values()):
-        raise BadOption(f"start={start:g} is above sparsity={min(goals.values()):g}: masks only grow, start below it")
-    if isinstance(sparsity, Mapping) and scope == "global":
-        raise BadOption('scope="global" ranks layers together, but sparsity names a fraction for each: leave scope out')
+    found, goals = per_layer(model, "sparsity", sparsity, where)
     if isinstance(sparsity, Mapping) and scope == "std":  # the default: it cannot be told whether it was asked for
         note("every layer is ranked by itself, since sparsity names a fraction for each: scope has no say")
     for turn in range(1, rounds + 1):

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Annotated
 
 from torch import nn
 
-from featherweight.catalogue import fill
-from featherweight.core.check import positive, whole
+from featherweight.allowed import Amount, Bits, Count, Positive, checked
+from featherweight.catalogue import Slot, fill
+from featherweight.core.fit import Optimizers
 from featherweight.core.flow import follow
 from featherweight.core.forms import Form, attach
 from featherweight.core.grids import ActivationGrid, Place, Seen
 from featherweight.core.ledger import note, skip
 from featherweight.core.progress import track
-from featherweight.core.site import Site, per_layer
-from featherweight.core.surgery import Where
+from featherweight.core.site import PerLayer, Site, per_layer
+from featherweight.core.surgery import WhereLinearOrConv2d
 from featherweight.core.task import Task, eval_mode, length, run
 from featherweight.errors import CompressionError
 
@@ -26,23 +28,24 @@ Placement = Callable[[nn.Module, Task, Mapping[str, nn.Module]], list[Place]]
 LAYERS = (nn.Linear, nn.Conv2d)
 
 
+@checked()
 def quantize(
     model: nn.Module,
     task: Task,
     *,
-    weights: str | Grid | None = "symmetric",
-    acts: str | Range | None = None,
-    grads: str | Gradient | None = None,
-    weight_bits: int | Mapping[str, int] = 8,
-    act_bits: int = 8,
-    grad_bits: int = 8,
-    place: str | Placement = "layer_inputs",
+    weights: Annotated[str, Slot("grid")] | Grid | None = "symmetric",
+    acts: Annotated[str, Slot("range")] | Range | None = None,
+    grads: Annotated[str, Slot("gradient")] | Gradient | None = None,
+    weight_bits: PerLayer[Bits] = 8,
+    act_bits: Bits = 8,
+    grad_bits: Bits = 8,
+    place: Annotated[str, Slot("place")] | Placement = "layer_inputs",
     keep_first_last: bool = False,
-    calibration_batches: int = 16,
-    epochs: float = 0,
-    lr: float = 1e-4,
-    optimizer: str | None = None,
-    where: Where = None,
+    calibration_batches: Count = 16,
+    epochs: Amount = 0,
+    lr: Positive = 1e-4,
+    optimizer: Optimizers = None,
+    where: WhereLinearOrConv2d = None,
 ) -> nn.Module:
     """Puts weights, activations and gradients of Linear and Conv2d layers on grids, trains through them, returns.
 
@@ -70,9 +73,7 @@ def quantize(
         MissingNeed: no data to calibrate or to train with.
         CompressionError: nothing is left to quantize.
     """
-    found, bits = per_layer(
-        model, "weight_bits", weight_bits, where, lambda name, value: whole(name, value, low=1, high=16), types=LAYERS
-    )
+    found, bits = per_layer(model, "weight_bits", weight_bits, where, types=LAYERS)
     chosen = _without_ends(model, task, found) if keep_first_last else found
     if weights is not None:
         grid = fill("grid", weights)
@@ -81,18 +82,16 @@ def quantize(
     if acts is not None:
         layers = {path: site.module for path, site in chosen.items()}
         places = fill("place", place)(model, task, layers)
-        _place(
-            model, task, places, fill("range", acts), whole("act_bits", act_bits, low=1, high=16), calibration_batches
-        )
+        _place(model, task, places, fill("range", acts), act_bits, calibration_batches)
     if grads is not None:
         gradient = fill("gradient", grads)
         for site in chosen.values():
-            attach(site.module, gradient(whole("grad_bits", grad_bits, low=1, high=16)), "grad")
+            attach(site.module, gradient(grad_bits), "grad")
     note(
         f"{len(chosen)} layers quantized: {_told(weights is not None, bits, chosen, acts, act_bits, grads, grad_bits)}"
     )
-    if positive("epochs", epochs, zero=True):
-        task.fit(model, task, epochs=epochs, lr=positive("lr", lr), optimizer=optimizer, label="train on the grids")
+    if epochs:
+        task.fit(model, task, epochs=epochs, lr=lr, optimizer=optimizer, label="train on the grids")
     return model
 
 
@@ -126,7 +125,7 @@ def _place(model: nn.Module, task: Task, places: list[Place], make: Range, bits:
             attach(model.get_submodule(path), watcher, at)
     facts: dict[str, bool] = getattr(make, "__ingredient__", ("range", {}))[1]
     if facts.get("calibrated", True):
-        _calibrate(model, task, whole("calibration_batches", batches, low=1))
+        _calibrate(model, task, batches)
     for place, watcher in zip(places, seen, strict=True):
         grid = make(watcher, bits)
         for path, at in place.sites:

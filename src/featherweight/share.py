@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from featherweight.catalogue import fill
-from featherweight.core.check import positive, whole
+from featherweight.allowed import Amount, Bits, Positive, checked
+from featherweight.catalogue import Slot, fill
+from featherweight.core.fit import Optimizers
 from featherweight.core.forms import Codebook, attach
 from featherweight.core.ledger import note, skip
-from featherweight.core.site import Site, per_layer
-from featherweight.core.surgery import Where
+from featherweight.core.site import PerLayer, Site, per_layer
+from featherweight.core.surgery import WhereWeighted
 from featherweight.core.task import Task
 from featherweight.errors import CompressionError
 
@@ -20,17 +22,18 @@ Cluster = Callable[[Tensor, Tensor], Tensor]
 Start = Callable[[Tensor, int], Tensor]
 
 
+@checked()
 def share(
     model: nn.Module,
     task: Task,
     *,
-    cluster: str | Cluster = "lloyd",
-    start: str | Start = "linear_span",
-    weight_bits: int | Mapping[str, int] = 4,
-    epochs: float = 2,
-    lr: float = 1e-4,
-    optimizer: str | None = None,
-    where: Where = None,
+    cluster: Annotated[str, Slot("cluster")] | Cluster = "lloyd",
+    start: Annotated[str, Slot("start")] | Start = "linear_span",
+    weight_bits: PerLayer[Bits] = 4,
+    epochs: Amount = 2,
+    lr: Positive = 1e-4,
+    optimizer: Optimizers = None,
+    where: WhereWeighted = None,
 ) -> nn.Module:
     """Replaces every weight by the nearest of its layer's `2 ** weight_bits` values, trains them, returns the model.
 
@@ -54,10 +57,7 @@ def share(
         MissingNeed: training without training data.
     """
     cluster, start = fill("cluster", cluster), fill("start", start)
-    epochs, lr = positive("epochs", epochs, zero=True), positive("lr", lr)
-    found, bits = per_layer(
-        model, "weight_bits", weight_bits, where, lambda name, value: whole(name, value, low=1, high=16)
-    )
+    found, bits = per_layer(model, "weight_bits", weight_bits, where)
     shared = [site for path, site in found.items() if _share(model, site, cluster, start, 2 ** bits[path])]
     if not shared:
         raise CompressionError("no layer has a weight that is not zero: there is nothing to share")

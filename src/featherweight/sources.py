@@ -65,7 +65,22 @@ def method(spec: str) -> tuple[str, dict[str, Any]]:
     ('kmeans_share', {'weight_bits': 4})
     """
     name, _, options = spec.partition(":")
+    if is_function(":".join(spec.split(":", 2)[:2])):  # file.py:function:option=value
+        inner, _, options = options.partition(":")
+        name = f"{name}:{inner}"
     return name, parse_options(options) if options else {}
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Writes a state dict as safetensors, through a temporary file; tied tensors once each name."""
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        save_file({k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}, temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise BadData(f"{path} cannot be written ({error.strerror}): choose another folder") from None
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
@@ -122,7 +137,7 @@ def is_function(spec: str) -> bool:
 def _called(spec: str) -> Any:
     """What the user's function returns; what goes wrong in it is told with its place."""
     try:
-        return _function(spec)()
+        return function(spec)()
     except FeatherweightError:
         raise
     except Exception as error:
@@ -131,7 +146,12 @@ def _called(spec: str) -> Any:
         raise BadData(f"{spec} failed with {type(error).__name__}: {error} ({place})") from error
 
 
-def _function(spec: str) -> Callable[[], Any]:
+def function(spec: str) -> Callable[..., Any]:
+    """The function of a word, `file.py:function` or `package.module:function`.
+
+    Raises:
+        UnknownName: there is no such file, module or function.
+    """
     where, _, name = spec.rpartition(":")
     module = _from_file(Path(where)) if where.endswith(".py") else _from_package(where)
     found = getattr(module, name, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,16 @@ from featherweight.core.forms import own_modules
 from featherweight.core.ledger import note
 from featherweight.core.progress import track
 from featherweight.core.task import Batch, Task, length, run
+from featherweight.core.tracking import Losses
 from featherweight.errors import BadData, CompressionError, MissingNeed, unknown
 
 Step = Callable[[nn.Module, Batch, float], dict[str, Tensor]]
 """`(model, batch, progress) -> named loss terms`; their sum is minimised, `progress` runs from 0 to 1."""
 
 MakeOptimizer = Callable[[list[nn.Parameter], float], Optimizer]
+
+Optimizers = Literal["adam", "adamw", "sgd"] | MakeOptimizer | None
+"""A name of `OPTIMIZERS`, `(parameters, learning rate) -> Optimizer`, or Adam when left out."""
 
 OPTIMIZERS: dict[str, MakeOptimizer] = {
     "adam": lambda params, lr: Adam(params, lr=lr),
@@ -41,7 +45,7 @@ def fit(
     *,
     epochs: float,
     lr: float = 1e-3,
-    optimizer: str | MakeOptimizer | None = None,
+    optimizer: Optimizers = None,
     decay: str | Callable[[float], float] = "cosine",
     step: Step | None = None,
     also: Sequence[tuple[Iterable[nn.Parameter], Step]] = (),
@@ -54,7 +58,7 @@ def fit(
     """Trains `model` in place on `task.train` and returns it, every module in the mode (train or eval) that it came in.
 
     A model in evaluation mode trains as a whole. In a model in training mode, modules in evaluation mode stay in it (a
-    frozen batch norm keeps its statistics).
+    frozen batch norm keeps its statistics). Inside `featherweight.tracking` every step's loss terms are logged.
 
     Args:
         epochs: passes over the training data; a fraction trains on that part of a pass.
@@ -92,7 +96,7 @@ def fit(
     scales = [(group, group["lr"]) for opt in (main, *(o for o, _ in others)) for group in opt.param_groups]
 
     batches_per_epoch = _length(task.train)
-    total = max(1, round(epochs * batches_per_epoch))
+    total, losses = max(1, round(epochs * batches_per_epoch)), Losses()
     wrapped.train()
     for module in frozen:
         module.training = False
@@ -104,6 +108,7 @@ def fit(
         if len(terms) > 1 and index % batches_per_epoch == 0:
             _note_shares(terms, trained, epoch)
         loss = _total(terms)
+        losses.step({name: term.detach() for name, term in terms.items()}, epoch, scales[0][0]["lr"])
         main.zero_grad(set_to_none=True)
         accelerator.backward(loss)
         if after_backward is not None:
@@ -115,6 +120,7 @@ def fit(
             other.step()
         if after_step is not None:
             after_step(progress)
+    losses.close()
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     main.zero_grad(set_to_none=True)
     return _put_back(model, was_training, modes)
@@ -128,7 +134,7 @@ def _task_loss(task: Task) -> Step:
     return step
 
 
-def _optimizer(make: str | MakeOptimizer | None, params: list[nn.Parameter], lr: float) -> Optimizer:
+def _optimizer(make: Optimizers, params: list[nn.Parameter], lr: float) -> Optimizer:
     if callable(make):
         return make(params, lr)
     if (make or "adam") not in OPTIMIZERS:

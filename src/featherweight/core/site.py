@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar, final
+from typing import TypeAlias, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,11 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from featherweight.core.forms import Mask, attach, forms_of, has_forms, originals
 from featherweight.core.ledger import recording, skip
-from featherweight.core.surgery import WEIGHTED, Where, targets
-from featherweight.errors import BadOption
+from featherweight.core.surgery import WEIGHTED, Where, patterns, targets
 
 V = TypeVar("V")
+PerLayer: TypeAlias = V | Mapping[str, V]
+"""One value for all chosen layers, or layer patterns with a value each; of two that match, the later counts."""
 
 
 @final
@@ -83,9 +84,8 @@ def sites(model: nn.Module, where: Where = None, types: tuple[type[nn.Module], .
 def per_layer(
     model: nn.Module,
     name: str,
-    value: V | Mapping[str, V],
+    value: PerLayer[V],
     where: Where,
-    check: Callable[[str, V], V],
     *,
     types: tuple[type[nn.Module], ...] = WEIGHTED,
 ) -> tuple[dict[str, Site], dict[str, V]]:
@@ -94,17 +94,14 @@ def per_layer(
     A mapping chooses the layers itself; of two patterns that match a layer, the later counts.
 
     Raises:
-        BadOption: a value is refused by `check`, or a mapping comes together with `where`.
+        BadOption: a mapping comes together with `where`.
         UnknownName: a pattern matches nothing.
     """
+    chosen = sites(model, patterns(where, {name: value}), types)
     if not isinstance(value, Mapping):
-        chosen = sites(model, where, types)
-        return chosen, dict.fromkeys(chosen, check(name, value))
-    if where is not None:
-        raise BadOption(f"{name} names its layers itself: leave where= out, or pass one {name} for all of where")
-    chosen = sites(model, list(value), types)
+        return chosen, dict.fromkeys(chosen, value)
     values: dict[str, V] = {}
     for pattern, one in value.items():
         with recording():  # what a single pattern does not match is no remark about the stage
-            values |= dict.fromkeys(targets(model, pattern, types), check(f"{name}[{pattern!r}]", one))
+            values |= dict.fromkeys(targets(model, pattern, types), one)
     return chosen, {path: values[path] for path in chosen}

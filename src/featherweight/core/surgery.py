@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
 from featherweight.core.forms import foreign
 from featherweight.core.ledger import skip
-from featherweight.errors import BadOption, unknown
+from featherweight.errors import BadOption, unknown, within
 
-Where = nn.Module | str | type | Callable[[str, nn.Module], bool] | Sequence[Any] | None
+Where = nn.Module | str | type | Callable[[str, nn.Module], bool] | Sequence[Any] | AbstractSet[Any] | None
 """One way to choose layers: a module, an exact name, a glob, `re:...`, a type or its name, a predicate, or several."""
 
 PLAIN: tuple[type[nn.Module], ...] = (
@@ -24,6 +26,24 @@ PLAIN: tuple[type[nn.Module], ...] = (
 """The layers of which `altered` knows what they compute."""
 
 WEIGHTED: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Marks an option that chooses among the layers of these types; in a recipe, by patterns.
+
+    A mapping given to any other option of such a method has layer patterns for keys.
+    """
+
+    types: tuple[type[nn.Module], ...]
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
+        patterns = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+        return {"anyOf": [{"type": "string"}, patterns, {"type": "null"}]}
+
+
+WhereWeighted = Annotated[Where, Layers(WEIGHTED)]
+WhereLinearOrConv2d = Annotated[Where, Layers((nn.Linear, nn.Conv2d))]
 
 
 def targets(
@@ -59,6 +79,36 @@ def targets(
     for path in layers.keys() - chosen.keys():
         skip(path, "not chosen by where=")
     return _able({path: m for path, m in layers.items() if path in chosen}, refused)
+
+
+def patterns(where: Where, options: Mapping[str, Any]) -> Where:
+    """What chooses the layers: `where`, or the keys of the option that names its layers itself.
+
+    Raises:
+        BadOption: both do.
+    """
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            if where is not None:
+                raise BadOption(
+                    f"{name} names its layers itself: leave where= out, or pass one {name} for all of where"
+                )
+            return list(value)
+    return where
+
+
+def find_layers(model: nn.Module, hints: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Refuses layer patterns that match nothing, for the option that `hints` mark with `Layers`.
+
+    Raises:
+        UnknownName: a pattern matches nothing.
+        BadOption: there is no layer to work on, or two options name the layers.
+    """
+    for name, hint in hints.items():
+        for types in (mark.types for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Layers)):
+            named = next((key for key, value in options.items() if isinstance(value, Mapping)), name)
+            with within(named):
+                targets(model, patterns(options.get(name), options), types)
 
 
 def _able(layers: dict[str, nn.Module], refused: dict[str, str]) -> dict[str, nn.Module]:

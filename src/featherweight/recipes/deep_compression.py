@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated
 
 from torch import nn
 
-from featherweight.catalogue import recipe
-from featherweight.core.check import whole
-from featherweight.core.surgery import WEIGHTED, Where, targets
+from featherweight.allowed import Amount, Bits, Count, Fraction, Positive
+from featherweight.catalogue import Slot, recipe
+from featherweight.core.fit import Optimizers
+from featherweight.core.site import PerLayer
+from featherweight.core.surgery import WEIGHTED, WhereWeighted, targets
 from featherweight.core.task import Task
-from featherweight.prune import prune
+from featherweight.prune import Schedule, Scope, prune, ranks_apart
 from featherweight.share import share
 
 
@@ -21,25 +24,26 @@ from featherweight.share import share
     shrinks={"weights", "bits"},
     coder="huffman",
     aliases=("deep_compression_prune",),
+    rules=(ranks_apart,),
     small={"rounds": 2, "epochs": 1, "finetune": 0, "share_epochs": 1, "sparsity": 0.8},
 )
 def deep_compression(
     model: nn.Module,
     task: Task,
     *,
-    sparsity: float | Mapping[str, float] = 0.92,
-    scope: str = "std",
-    schedule: str = "cubic",
-    rounds: int = 6,
-    epochs: float = 12,
-    finetune: float = 8,
-    lr: float = 0.02,
-    optimizer: str = "sgd",
-    conv_bits: int = 8,
-    fc_bits: int = 5,
-    share_epochs: float = 4,
-    share_lr: float = 1e-4,
-    where: Where = None,
+    sparsity: PerLayer[Fraction] = 0.92,
+    scope: Scope = "std",
+    schedule: Annotated[str, Slot("schedule")] | Schedule = "cubic",
+    rounds: Count = 6,
+    epochs: Amount = 12,
+    finetune: Amount = 8,
+    lr: Positive = 0.02,
+    optimizer: Optimizers = "sgd",
+    conv_bits: Bits = 8,
+    fc_bits: Bits = 5,
+    share_epochs: Amount = 4,
+    share_lr: Positive = 1e-4,
+    where: WhereWeighted = None,
 ) -> nn.Module:
     """The three stages of Deep Compression; the third, Huffman coding of values and positions, is the file's coder.
 
@@ -67,13 +71,12 @@ def deep_compression(
         share_lr: learning rate of that training.
         where: which layers; all linear and convolution layers when left out.
     """
-    bits = {"conv": whole("conv_bits", conv_bits, low=1, high=16), "fc": whole("fc_bits", fc_bits, low=1, high=16)}
     layers = targets(model, list(sparsity) if isinstance(sparsity, Mapping) else where, WEIGHTED)
     # 1. Learn which connections matter: remove the smallest, retrain the rest, in rounds.
     prune(model, task, score="magnitude", sparsity=sparsity, scope=scope, schedule=schedule, rounds=rounds,
           epochs=epochs, finetune=finetune, lr=lr, optimizer=optimizer, where=where)  # fmt: skip
     # 2. Let the survivors of a layer share few values, then train the values.
-    per_path = {path: bits["fc" if isinstance(layer, nn.Linear) else "conv"] for path, layer in layers.items()}
+    per_path = {path: fc_bits if isinstance(layer, nn.Linear) else conv_bits for path, layer in layers.items()}
     share(model, task, cluster="lloyd", start="linear_span", weight_bits=per_path, epochs=share_epochs, lr=share_lr)
     # 3. Huffman coding is lossless: the file does it (`coder="huffman"`).
     return model

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from featherweight.allowed import Amount, Positive
 from featherweight.catalogue import recipe
-from featherweight.core.check import positive
-from featherweight.core.fit import MakeOptimizer
+from featherweight.core.fit import Optimizers
 from featherweight.core.ledger import note
 from featherweight.core.task import Batch, Task, device_of, eval_mode, first, run, to_device
 from featherweight.distill import below, distill, tapped, teacher_of
@@ -30,14 +30,14 @@ def fitnets(
     *,
     hint: str | None = None,
     guided: str | None = None,
-    hint_epochs: float = 5,
-    hint_lr: float = 1e-3,
-    temperature: float = 3.0,
-    weight: float = 4.0,
-    last_weight: float = 1.0,
-    epochs: float = 10,
-    lr: float = 1e-3,
-    optimizer: str | MakeOptimizer | None = None,
+    hint_epochs: Amount = 5,
+    hint_lr: Positive = 1e-3,
+    temperature: Positive = 3.0,
+    weight: Positive = 4.0,
+    last_weight: Amount = 1.0,
+    epochs: Amount = 10,
+    lr: Positive = 1e-3,
+    optimizer: Optimizers = None,
 ) -> nn.Module:
     """Stage 1 fits the guided layer to the hint through a regressor (eq. 3); stage 2 distils the whole (eq. 2).
 
@@ -63,9 +63,6 @@ def fitnets(
         lr: learning rate of stage 2.
         optimizer: as in `fit`.
     """
-    for name, value in (("temperature", temperature), ("weight", weight)):
-        positive(name, value)
-    positive("last_weight", last_weight, zero=True)
     teacher = teacher_of(model, task)
     batch = first(task.calibrating(), "training")
     guided, hint = choose(model, teacher, task, batch, guided, hint)

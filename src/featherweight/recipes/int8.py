@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
 
+from featherweight.allowed import Count
 from featherweight.catalogue import recipe
 from featherweight.core.fold import fold_batchnorm
 from featherweight.core.ledger import note
-from featherweight.core.surgery import Where
+from featherweight.core.surgery import WhereLinearOrConv2d
 from featherweight.core.task import Task
 from featherweight.errors import TraceError
 from featherweight.quantize import quantize
@@ -24,9 +27,9 @@ def int8(
     model: nn.Module,
     task: Task,
     *,
-    calibrator: str = "minmax",
-    calibration_batches: int = 16,
-    where: Where = None,
+    calibrator: Literal["minmax", "percentile", "mse"] = "minmax",
+    calibration_batches: Count = 16,
+    where: WhereLinearOrConv2d = None,
 ) -> nn.Module:
     """Post-training int8: batch norm folded, weights per channel, calibrated unsigned activations, biases int32.
 

@@ -6,9 +6,9 @@ from functools import partial
 
 from torch import nn
 
+from featherweight.allowed import Amount, Positive, Share
 from featherweight.catalogue import recipe
-from featherweight.core.check import fraction, positive
-from featherweight.core.fit import MakeOptimizer
+from featherweight.core.fit import Optimizers
 from featherweight.core.task import Task
 from featherweight.distill import distill
 from featherweight.ingredients.match.softened import softened
@@ -24,12 +24,12 @@ def kd(
     model: nn.Module,
     task: Task,
     *,
-    temperature: float = 4.0,
-    alpha: float = 0.9,
-    weight: float | None = None,
-    epochs: float = 10,
-    lr: float = 1e-3,
-    optimizer: str | MakeOptimizer | None = None,
+    temperature: Positive = 4.0,
+    alpha: Share = 0.9,
+    weight: Amount | None = None,
+    epochs: Amount = 10,
+    lr: Positive = 1e-3,
+    optimizer: Optimizers = None,
 ) -> nn.Module:
     """Trains on `(1 - alpha) H(y, p_S) + alpha t^2 KL(p_T^t || p_S^t)`, the teacher's probabilities softened by t.
 
@@ -46,8 +46,6 @@ def kd(
         lr: learning rate.
         optimizer: as in `fit`.
     """
-    positive("temperature", temperature)
-    fraction("alpha", alpha, high=1.0 + 1e-12)
     match = partial(softened, temperature=temperature)
-    mix = (1 - alpha, alpha) if weight is None else (1.0, positive("weight", weight, zero=True) / temperature**2)
+    mix = (1 - alpha, alpha) if weight is None else (1.0, weight / temperature**2)
     return distill(model, task, match=match, labels=mix[0], weight=mix[1], epochs=epochs, lr=lr, optimizer=optimizer)

@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from featherweight.allowed import Amount, Count, Fraction, Positive
 from featherweight.catalogue import recipe
 from featherweight.core.channels import Channels, channel_groups, remove_channels
-from featherweight.core.check import fraction, one_of, positive, whole
-from featherweight.core.fit import MakeOptimizer
+from featherweight.core.fit import Optimizers
 from featherweight.core.forms import bake, mask_zeros, masked_names
 from featherweight.core.ledger import note
 from featherweight.core.select import lowest
@@ -32,13 +32,13 @@ def network_slimming(
     model: nn.Module,
     task: Task,
     *,
-    prune_ratio: float = 0.5,
-    penalty: float = 1e-4,
-    epochs: float = 10,
-    finetune: float = 10,
-    lr: float = 0.05,
-    optimizer: str | MakeOptimizer | None = "sgd",
-    round_to: int = 16,
+    prune_ratio: Fraction = 0.5,
+    penalty: Amount = 1e-4,
+    epochs: Amount = 10,
+    finetune: Amount = 10,
+    lr: Positive = 0.05,
+    optimizer: Optimizers = "sgd",
+    round_to: Count = 16,
     coupled: Literal["max", "mean", "sum"] = "max",
 ) -> nn.Module:
     """Minimises `loss + penalty sum |gamma|` (eq. 1) by subgradient, then removes channels below one global threshold.
@@ -65,10 +65,6 @@ def network_slimming(
         TraceError: the network cannot be traced.
         CompressionError: no channel could be removed.
     """
-    fraction("prune_ratio", prune_ratio)
-    positive("penalty", penalty, zero=True)
-    whole("round_to", round_to, low=1)
-    one_of("coupled", coupled, ("max", "mean", "sum"))
     norms = scaled_norms(model)
 
     def pull(progress: float) -> None:
