@@ -153,11 +153,10 @@ def compress(
     Raises:
         FeatherweightError: anything that is wrong with the call, in one sentence; nothing has been written then.
     """
-    out, tracker_dir = (None if path is None else os.fspath(path) for path in (out, tracker_dir))
     settings: dict[str, Any] = {"until": until, "guard": guard, "strict": strict, "seed": seed, "threads": threads}
     settings |= {"measure": measure, "onnx": onnx, "out": out, "resume": resume, "tracker_dir": tracker_dir}
     check_settings(settings)
-    logs = tracker_dir if tracker_dir is not None or out is None else str(Path(out) / "tracking")
+    logs = tracker_dir if tracker_dir is not None or out is None else Path(out) / "tracking"
     with within("tracker"):
         trackers = None if tracker is None else tracking.check_tracker(tracker, logs)
     with progress.showing(show), threads_of(threads):

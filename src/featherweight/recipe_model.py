@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that the command line can be built from it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from featherweight.core.tracking import Name
 from featherweight.errors import BadOption, FeatherweightError, unknown
 
 NETWORK = "zoo name (lenet5, resnet:depth=20,width=0.5), file.py:function or package.module:function"
+File = Annotated[str, BeforeValidator(lambda given: os.fspath(given) if isinstance(given, os.PathLike) else given)]
 FUNCTION = r"^.+:[A-Za-z_]\w*$"  # of a method: file.py:function or package.module:function
 EPHEMERAL = {"out", "resume", "tracker", "tracker_dir"}  # what a result does not depend on
 
@@ -42,16 +44,16 @@ class Sources(_Keys):
     """Where the network, its data and the methods come from."""
 
     model: str = Field(description="the network to compress: " + NETWORK)
-    weights: str | None = Field(None, description="safetensors file or torch state dict of the network")
+    weights: File | None = Field(None, description="safetensors file or torch state dict of the network")
     train: Annotated[int, Ge(0)] | None = Field(
         None, description="train the network first for so many epochs (10 for a zoo network without weights)"
     )
     data: str = Field(description="data set (mnist5k, mnist, fashion_mnist) or function that returns a Task")
     batch_size: Count = Field(128, description="of the zoo's data sets")
     student: str | None = Field(None, description="the network that is trained in place of the model, then its teacher")
-    student_weights: str | None = Field(None, description="weights file of the student")
+    student_weights: File | None = Field(None, description="weights file of the student")
     teacher: str | None = Field(None, description="the network that teaches, in place of the model")
-    teacher_weights: str | None = Field(None, description="weights file of the teacher")
+    teacher_weights: File | None = Field(None, description="weights file of the teacher")
     chain: Annotated[list[Annotated[Step, BeforeValidator(_step)]], MinLen(1)] = Field(
         description="the methods in order, each an id or a mapping with method and options"
     )
@@ -67,12 +69,14 @@ class Settings(_Keys):
     threads: Count | None = Field(None, description="threads of PyTorch; the bytes of a result depend on it")
     measure: bool = Field(True, description="count cost and bytes and time latency; otherwise only the metric")
     onnx: bool = Field(True, description="write and check the ONNX file")
-    out: str | None = Field(None, description="folder for model.fw, model.onnx, report.json and the checkpoints")
+    out: File | None = Field(None, description="folder for model.fw, model.onnx, report.json and the checkpoints")
     resume: bool = Field(False, description="go on from the last finished method of this run")
     tracker: Name | Annotated[list[Name], MinLen(1)] | None = Field(
         None, description="log losses and figures with: tensorboard, wandb, mlflow, ..."
     )
-    tracker_dir: str | None = Field(None, description="folder of trackers that write files; out/tracking when left out")
+    tracker_dir: File | None = Field(
+        None, description="folder of trackers that write files; out/tracking when left out"
+    )
 
 
 class Recipe(Settings, Sources):

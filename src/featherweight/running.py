@@ -128,14 +128,14 @@ def _together(found: list[FeatherweightError], marks: Marks, flags: frozenset[st
 def _carried_out(asked: Recipe, held: Mapping[str, nn.Module], task: Task | None, show: bool) -> pipeline.Result:
     """The run itself: everything is built, then checked, then the network trained where it must be, then compressed."""
     out = None if asked.out is None else Path(asked.out)
-    if task is None:
-        with within("data"):
-            task = sources.task(asked.data, batch_size=asked.batch_size)
     provenance.seed_everything(asked.seed, -1)
     model = held.get("model") or _network(asked.model, asked.weights, "model", "weights")
     student = held.get("student")
     if student is None and asked.student is not None:
         student = _network(asked.student, asked.student_weights, "student", "student_weights")
+    if task is None:
+        with within("data"):
+            task = sources.task(asked.data, batch_size=asked.batch_size)
     if asked.teacher is not None:
         teacher = _network(asked.teacher, asked.teacher_weights, "teacher", "teacher_weights")
         task = replace(task, teacher=teacher.requires_grad_(False))
