@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -63,6 +64,11 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None) 
                 f"{type(model).__name__} cannot be traced ({_cause(error)}): write the forward pass without that, "
                 f"or go on without a graph ({STILL_WORKS})"
             ) from error
+
+
+def by_name(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What is said of each argument (its dynamic sizes, say) by the argument's name, as torch.export wants it."""
+    return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
 
 
 @contextmanager

@@ -28,8 +28,9 @@ from torch.utils import _pytree as pytree
 from featherweight.core.forms import ACTIVATIONS, Form, activation_form, activation_forms, bake, form_names, own_modules
 from featherweight.core.layers import TYPES
 from featherweight.core.operators import CHECKS, target_name
+from featherweight.core.recurrent import NAME, whole_recurrent
 from featherweight.core.task import as_call, device_of, eval_mode, to_device
-from featherweight.core.trace import graph_inputs, operator_name, trace, uncached, weight_tensors
+from featherweight.core.trace import by_name, graph_inputs, operator_name, trace, uncached, weight_tensors
 from featherweight.core.wired import (
     Device,
     Held,
@@ -192,17 +193,10 @@ def _traced(model: nn.Module, given: Call, shapes: Callable[[Call], Any]) -> Exp
     fresh = pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, given)
     found = shapes(fresh)
     if found is None:
-        return trace(model, fresh)
-    with limited(SECONDS if shapes is _free_sizes else 10 * SECONDS):
-        return trace(model, fresh, dynamic_shapes=_by_name(model, found))
-
-
-def _by_name(model: nn.Module, shapes: _Shapes) -> Any:
-    """Dynamic shapes as torch.export takes them: a tuple, or by the names of the arguments."""
-    if not shapes.kwargs:
-        return shapes.args
-    names = _argument_names(model)
-    return {**dict(zip(names, shapes.args, strict=False)), **shapes.kwargs}
+        with whole_recurrent(model):
+            return trace(model, fresh)
+    with limited(SECONDS if shapes is _free_sizes else 10 * SECONDS), whole_recurrent(model):
+        return trace(model, fresh, dynamic_shapes=by_name(model, found.args, found.kwargs))
 
 
 def _argument_names(model: nn.Module) -> list[str]:
@@ -478,7 +472,7 @@ def _layer_call(
 def _recurrent_call(
     module: nn.RNNBase, path: str, nodes: Sequence[fx.Node], outside: Sequence[fx.Node], given: Sequence[fx.Node]
 ) -> _LayerCall | None:
-    core = next((n for n in nodes if operator_name(n) in ("lstm", "gru", "rnn_tanh", "rnn_relu")), None)
+    core = next((n for n in nodes if operator_name(n) == NAME), None)
     if core is None or any(n.args[0] is not core for n in outside) or core.args[0] not in given:
         return None
     states: Any = core.args[1]
@@ -654,6 +648,7 @@ def _checked(model: nn.Module, wired: Wired, given: Call) -> Wired:
     if wrong:
         raise TraceError(f"the wiring of {type(model).__name__} does not compute what the model does: {wrong}")
     idle: set[Any] = set()
+    needed: set[Any] = set()
     sizes = [given.shape for given in wired.wiring.inputs]
     conditions = wired.wiring.conditions
     if not all(evaluate_size(c, sizes) for c in conditions):
@@ -669,9 +664,11 @@ def _checked(model: nn.Module, wired: Wired, given: Call) -> Wired:
         wrong = _differs(expected, wired, changed)
         if not wrong:
             idle |= broken
-        elif not broken:
+        elif broken:
+            needed |= broken
+        else:
             raise TraceError(f"at the sizes {[tuple(t.shape) for t in tensors]} the wiring does not follow: {wrong}")
-    wired.wiring = replace(wired.wiring, conditions=tuple(c for c in conditions if c not in idle))
+    wired.wiring = replace(wired.wiring, conditions=tuple(c for c in conditions if c in needed or c not in idle))
     return wired
 
 

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from featherweight.core.forms import ACTIVATIONS, activation_form, bake
 from featherweight.core.task import as_call, eval_mode, to_device
+from featherweight.core.trace import by_name
 from featherweight.errors import BadOption, ExportError, FormatError, TraceError
 from featherweight.export.graph import (
     constants_to_initializers,
@@ -211,10 +212,7 @@ def _program(model: nn.Module, call: Call, *, dynamic: bool) -> Any:
         varies = dynamic and isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
         return {0: torch.export.Dim.DYNAMIC} if varies else None
 
-    shapes: Any = pytree.tree_map(free, args)
-    if kwargs:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-        shapes = {**dict(zip(bound, shapes, strict=False)), **pytree.tree_map(free, kwargs)}
+    shapes = by_name(model, *pytree.tree_map(free, (args, kwargs)))
     try:
         with _quiet():
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)

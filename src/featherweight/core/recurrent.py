@@ -1,0 +1,58 @@
+"""Recurrent layers as one operator while a network is traced: torch would write out every step of the sequence.
+
+Only shapes flow through it; the layers themselves are called when the network runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+KINDS: tuple[type[nn.RNNBase], ...] = (nn.LSTM, nn.GRU, nn.RNN)
+NAME = "recurrent_layer"
+
+
+@torch.library.custom_op("featherweight::recurrent_layer", mutates_args=())
+def _layer(x: Tensor, states: list[Tensor], sizes: list[int], batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    raise RuntimeError("this operator stands for a recurrent layer while it is traced, and is never run")
+
+
+@_layer.register_fake
+def _(x: Tensor, states: list[Tensor], sizes: list[int], batch_first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    layers, hidden, width, directions = sizes
+    batch = x.shape[0] if batch_first else x.shape[1]
+    out = x.new_empty((x.shape[0], x.shape[1], width * directions))
+    return out, x.new_empty((layers, batch, width)), x.new_empty((layers, batch, hidden))
+
+
+@contextmanager
+def whole_recurrent(model: nn.Module) -> Iterator[None]:
+    """A block in which the recurrent layers of a model are one operator each, for sequences in batches."""
+    every = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
+    found = [m for m in every if type(m) in KINDS and "forward" not in vars(m)]
+    for module in found:
+        module.forward = _standing_in(module)
+    try:
+        yield
+    finally:
+        for module in found:
+            del module.forward
+
+
+def _standing_in(module: nn.RNNBase) -> Callable[..., Any]:
+    directions = 2 if module.bidirectional else 1
+    sizes = [module.num_layers * directions, module.hidden_size, module.proj_size or module.hidden_size, directions]
+    own = module.forward
+
+    def forward(x: Any, hx: Any = None) -> Any:
+        if not isinstance(x, Tensor) or x.dim() != 3:
+            return own(x, hx)
+        states = [] if hx is None else list(hx) if isinstance(hx, (tuple, list)) else [hx]
+        out, h, c = _layer(x, states, sizes, module.batch_first)
+        return out, ((h, c) if isinstance(module, nn.LSTM) else h)
+
+    return forward
