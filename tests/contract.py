@@ -110,6 +110,18 @@ def check_file_is_exact(ran: Ran) -> None:
         assert torch.equal(loaded(*x), ran.result.model(*x))
 
 
+def check_file_needs_no_class(ran: Ran) -> None:
+    assert ran.result.report["file"]["class_free"], ran.result.report["file"]
+    found = fw.load(ran.folder / "model.fw")
+    x = ran.task.inputs()[0]
+    with torch.no_grad():
+        assert torch.equal(found(*x), ran.result.model(*x))
+    assert set(found.state_dict()) == set(ran.result.model.state_dict())
+    found.train()(*x).square().sum().backward()
+    missing = [name for name, p in found.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+
+
 def check_bare_file_is_exact(ran: Ran) -> None:
     file = ran.folder / "bare.fw"
     fw.save(ran.result.model, file, bare=True)

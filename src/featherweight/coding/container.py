@@ -293,7 +293,7 @@ def _without_class(contents: Contents) -> nn.Module:
         raise FormatError("the file is truncated: it names more tensors than it has")
     tensors = {name: packed.tensor for name, packed in _records(contents).items()}
     wired = wired_from(contents.manifest["wiring"], {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()})
-    fill(wired, {**contents.manifest, "swaps": {}, "edits": {}, "wiring": {}}, contents.records, False)
+    fill(wired, {**contents.manifest, "swaps": {}, "edits": {}, "kept": [], "wiring": {}}, contents.records, False)
     for name in contents.manifest["hidden"]:
         holder, _, leaf = name.rpartition(".")
         wired.get_submodule(holder)._buffers[leaf] = tensors[name].clone()

@@ -83,11 +83,13 @@ def checked(data: dict[str, Any]) -> dict[str, Any]:
         "ties": {},
         "frozen": [],
         "hidden": [],
+        "kept": [],
         "wiring": {},
     }
     full = empty | data
     _need(isinstance(full["wiring"], dict), "wiring")
-    _need(isinstance(full["hidden"], list) and all(isinstance(n, str) for n in full["hidden"]), "hidden")
+    for key in ("hidden", "kept"):
+        _need(isinstance(full[key], list) and all(isinstance(n, str) for n in full[key]), key)
     _need(isinstance(full["names"], list) and all(isinstance(n, str) for n in full["names"]), "names")
     _need(len(set(full["names"])) == len(full["names"]), "names")
     _need(isinstance(full["frozen"], list) and all(isinstance(n, str) for n in full["frozen"]), "frozen")

@@ -81,7 +81,7 @@ def reshape(model: nn.Module, manifest: dict[str, Any]) -> None:
     """Swaps layers and changes attributes. New layers hold no memory until their tensors come."""
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # torch warns of layers without elements, which are the file's business
-        restructure(model, {key: manifest[key] for key in ("swaps", "edits", "wiring")}, {})
+        restructure(model, {key: manifest[key] for key in ("swaps", "edits", "kept", "wiring")}, {})
 
 
 def _by_name(places: list[Slot], manifest: dict[str, Any], records: Sequence[Packed | int]) -> list[int]:

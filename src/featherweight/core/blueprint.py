@@ -59,7 +59,7 @@ def structure(model: nn.Module) -> dict[str, Any]:
     inside = tuple(f"{path}." for path in swaps)
     changed = getattr(model, "_fw_edits", {})
     edits = {p: dict(e) for p, e in changed.items() if p not in swaps and not p.startswith(inside)}
-    plan: dict[str, Any] = {"swaps": swaps, "edits": edits}
+    plan: dict[str, Any] = {"swaps": swaps, "edits": edits, "kept": list(getattr(model, "_fw_kept", ()))}
     return plan | ({"wiring": wiring_data(model)} if isinstance(model, Wired) else {})
 
 
@@ -90,6 +90,10 @@ def restructure(model: nn.Module, plan: dict[str, Any], shapes: dict[str, tuple[
         for key, value in edit.items():
             _edit(module, path, key, value)
     model._fw_edits = {p: dict(e) for p, e in plan["edits"].items()}  # type: ignore[assignment]
+    for name in plan.get("kept", ()):
+        path, _, leaf = str(name).rpartition(".")
+        _module(model, path)._non_persistent_buffers_set.discard(leaf)
+    model._fw_kept = list(plan.get("kept", ()))  # type: ignore[assignment]
     for name, shape in shapes.items():
         _reshape(model, name, shape)
     if isinstance(model, Wired) and plan.get("wiring"):

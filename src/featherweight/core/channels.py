@@ -634,6 +634,7 @@ def remove_channels(
     with eval_mode(model):
         expected = masked_outputs(model, channels, numbers)
         edits: dict[str, dict[str, Any]] = {}
+        before = _hidden(model)
         undo = _remove(model, channels, numbers, edits, optimizer)
         half = any(p.dtype in HALF for p in model.parameters())
         wrong = _verdict(model, channels.example_inputs, expected, 0.1 if half else 1e-3)
@@ -641,9 +642,19 @@ def remove_channels(
             for step in reversed(undo):
                 step()
             raise CompressionError(f"channels were not removed: {wrong}; call channel_groups anew, or mask instead")
+    model._fw_kept = sorted({*getattr(model, "_fw_kept", ()), *(before - _hidden(model))})  # type: ignore[assignment]
     made: dict[str, dict[str, Any]] = getattr(model, "_fw_edits", {})
     model._fw_edits = {p: {**made.get(p, {}), **edits.get(p, {})} for p in {**made, **edits}}  # type: ignore[assignment]
     return model
+
+
+def _hidden(model: nn.Module) -> set[str]:
+    """Buffers that are not in the state dict."""
+    return {
+        f"{path}.{key}".lstrip(".")
+        for path, module in model.named_modules()
+        for key in module._non_persistent_buffers_set
+    }
 
 
 def _check_fits(model: nn.Module, channels: Channels) -> None:
@@ -680,6 +691,8 @@ def _remove(
         fresh: Tensor = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
         for module, key in owners[id(old)]:
             undo.append(_assign(module, key, fresh))
+            if key in module._non_persistent_buffers_set:
+                undo.append(_persistent(module, key))
         if optimizer is not None and isinstance(old, nn.Parameter) and isinstance(fresh, nn.Parameter):
             undo.append(_follow(optimizer, old, fresh, cuts.get(name, [])))
     for path, module in model.named_modules():
@@ -710,6 +723,12 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
             if tensor is not None:
                 found[id(tensor)].append((module, key))
     return found
+
+
+def _persistent(module: nn.Module, key: str) -> Callable[[], None]:
+    """Makes a buffer part of the state dict: what was cut out of it, its class cannot make anew."""
+    module._non_persistent_buffers_set.discard(key)
+    return lambda: module._non_persistent_buffers_set.add(key)
 
 
 def _assign(module: nn.Module, key: str, value: Any) -> Callable[[], None]:

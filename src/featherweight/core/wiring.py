@@ -27,8 +27,8 @@ from torch.utils import _pytree as pytree
 
 from featherweight.core.forms import ACTIVATIONS, Form, activation_form, activation_forms, bake, form_names, own_modules
 from featherweight.core.layers import TYPES
+from featherweight.core.opaque import NAME, opaque_layers
 from featherweight.core.operators import CHECKS, target_name
-from featherweight.core.recurrent import NAME, whole_recurrent
 from featherweight.core.task import as_call, device_of, eval_mode, to_device
 from featherweight.core.trace import by_name, graph_inputs, operator_name, trace, uncached, weight_tensors
 from featherweight.core.wired import (
@@ -193,9 +193,9 @@ def _traced(model: nn.Module, given: Call, shapes: Callable[[Call], Any]) -> Exp
     fresh = pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, given)
     found = shapes(fresh)
     if found is None:
-        with whole_recurrent(model):
+        with opaque_layers(model):
             return trace(model, fresh)
-    with limited(SECONDS if shapes is _free_sizes else 10 * SECONDS), whole_recurrent(model):
+    with limited(SECONDS if shapes is _free_sizes else 10 * SECONDS), opaque_layers(model):
         return trace(model, fresh, dynamic_shapes=by_name(model, found.args, found.kwargs))
 
 

@@ -1,6 +1,7 @@
-"""Recurrent layers as one operator while a network is traced: torch would write out every step of the sequence.
+"""Layers as one operator while a network is traced, where torch would look inside and fix sizes by that.
 
-Only shapes flow through it; the layers themselves are called when the network runs.
+Of recurrent layers torch writes out every step of the sequence; grids on activations have operators without shapes of
+their own. Only shapes flow through what stands here; the layers themselves are called when the network runs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from featherweight.core.forms import activation_forms
 
 KINDS: tuple[type[nn.RNNBase], ...] = (nn.LSTM, nn.GRU, nn.RNN)
 NAME = "recurrent_layer"
@@ -30,17 +33,20 @@ def _(x: Tensor, states: list[Tensor], sizes: list[int], batch_first: bool) -> t
 
 
 @contextmanager
-def whole_recurrent(model: nn.Module) -> Iterator[None]:
-    """A block in which the recurrent layers of a model are one operator each, for sequences in batches."""
+def opaque_layers(model: nn.Module) -> Iterator[None]:
+    """A block in which recurrent layers (of sequences in batches) and forms on activations are one operator each."""
     every = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
     found = [m for m in every if type(m) in KINDS and "forward" not in vars(m)]
+    forms = [form for held in activation_forms(model).values() for at, form in held.items() if at != "grad"]
     for module in found:
         module.forward = _standing_in(module)
+    for form in forms:
+        form.forward = torch.ops.aten.alias.default  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for module in found:
-            del module.forward
+        for patched in (*found, *forms):
+            del patched.__dict__["forward"]
 
 
 def _standing_in(module: nn.RNNBase) -> Callable[..., Any]:
