@@ -9,6 +9,7 @@ that the model's code does not follow (a size written into its source, say) are 
 from __future__ import annotations
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from featherweight.core.labels import Flow, Literal, compact, components, flow_l
 from featherweight.core.ledger import skip
 from featherweight.core.task import as_call, device_of, eval_mode, to_device
 from featherweight.core.trace import interpret, operator_name, owner, placed, trace, weight_tensors
-from featherweight.core.wired import Wired
+from featherweight.core.wired import Slot, Wired
 from featherweight.errors import BadOption, CompressionError, unknown
 
 Doomed = Mapping[str, Sequence[int] | Tensor] | Iterable[int] | Tensor
@@ -65,9 +66,9 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Written:
-    """A number in a wiring (step, argument, place within a list) that counts entries of a vector of channels."""
+    """A number in a wiring that counts entries of a vector of channels."""
 
-    place: tuple[int, int | str, int | None]
+    place: Slot
     ids: Tensor
 
 
@@ -327,11 +328,12 @@ def _numbered(flow: Flow, reasons: Mapping[int, str], program: ExportedProgram, 
     numbers: dict[str, list[tuple[int, Tensor | None]]] = defaultdict(list)
     literals: list[Written] = []
     for found in flow.literals:
+        counted = _counted(flow, found.labels)
         place = _step(flow.model, found)
-        if place is not None:
-            literals += [] if found.labels is None else [Written(place, number(found.labels))]
-            continue
-        numbers[owner(found.node)].append((found.number, number_or_none(found.labels)))
+        if place is None or not isinstance(flow.model, Wired):
+            numbers[owner(found.node)].append((found.number, number_or_none(counted)))
+        elif counted is not None:
+            literals += _written(flow.model, place, number(counted))
     attributes, tied = _counting(flow.model, numbers, axes)
     return Channels(
         count=len(free),
@@ -350,13 +352,40 @@ def _numbered(flow: Flow, reasons: Mapping[int, str], program: ExportedProgram, 
     )
 
 
-def _step(model: nn.Module, found: Literal) -> tuple[int, int | str, int | None] | None:
+def _counted(flow: Flow, labels: Tensor | None) -> Tensor | None:
+    """The labels along a dimension that a number counts, one for each entry; None where it counts no channels.
+
+    Of a weight's data they are known when all labels have flown: it holds channels along one dimension at most.
+    """
+    if labels is None or labels.dim() == 1:
+        return labels
+    found = compact(flow.unions.find(labels.flatten(1)))
+    return found.flatten() if found.size(0) > 1 and found.size(1) == 1 else None
+
+
+def _written(model: Wired, place: Slot, ids: Tensor) -> list[Written]:
+    """The number at a place, or the factor of it that counts channels: `batch * channels * height`, say."""
+    factors = model.factors_at(place)
+    if len(factors) == 1:
+        return [Written(place, ids)]
+    sizes = [1 if slot is None else value for slot, value in factors]
+    if None in (given := [slot for slot, _ in factors]):
+        sizes[given.index(None)] = len(ids) // math.prod(sizes)
+    for i, (slot, _) in enumerate(factors):
+        table = ids.view(math.prod(sizes[:i]), sizes[i], -1) if math.prod(sizes) == len(ids) else ids[:0].view(0, 1, 1)
+        if slot is not None and len(table) and table.size(1) > 1 and (table == table[:1, :, :1]).all():
+            return [Written(slot, table[0, :, 0])]
+    return []
+
+
+def _step(model: nn.Module, found: Literal) -> Slot | None:
     """Where a number stands in the wiring of a network without its class; None in other code."""
     step = found.node.meta.get("custom", {}).get("step") if isinstance(model, Wired) else None
     if not isinstance(model, Wired) or step is None or model.wiring.steps[step].target.startswith("@"):
         return None
     place = (step, found.argument, found.at)
-    return place if model.number_at(*place) == found.number else None
+    held = model.number_at(*place)
+    return place if held == found.number or len(model.factors_at(place)) > 1 else None
 
 
 def _without(channels: Channels, refused: Mapping[int, str]) -> Channels:

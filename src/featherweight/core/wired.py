@@ -20,6 +20,10 @@ from featherweight.core.operators import SIZES, function, schema_types
 from featherweight.errors import BadData
 
 
+Slot = tuple[int, int | str, int | None]
+"""Where a number stands in a wiring: the step, the argument by position or name, the place within a list there."""
+
+
 @dataclass(frozen=True)
 class Ref:
     """The result with this number: inputs come first, then one for each step."""
@@ -226,7 +230,20 @@ class Wired(nn.Module):
             return value
         return value[at] if isinstance(value, (tuple, list)) and at < len(value) else None
 
-    def resized(self, changes: Mapping[tuple[int, int | str, int | None], int]) -> Wiring:
+    def factors_at(self, place: Slot) -> list[tuple[Slot | None, Any]]:
+        """The factors of a size that is a product, in the order they are multiplied: where each number stands, and it.
+
+        None and the reference for what is no number of the wiring.
+        """
+        value = self.number_at(*place)
+        if isinstance(value, int):
+            return [(place, value)]
+        number = value.number - len(self.wiring.inputs) if isinstance(value, Ref) else -1
+        if number < 0 or self.wiring.steps[number].target != "size.mul":
+            return [(None, value)]
+        return [*self.factors_at((number, 0, None)), *self.factors_at((number, 1, None))]
+
+    def resized(self, changes: Mapping[Slot, int]) -> Wiring:
         """The wiring with other numbers at (step, argument, place within a list or None)."""
         steps = list(self.wiring.steps)
         made = Wired(self.wiring)

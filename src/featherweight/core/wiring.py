@@ -189,6 +189,9 @@ def _fixed(given: Call) -> Any:
 
 
 def _traced(model: nn.Module, given: Call, shapes: Callable[[Call], Any]) -> ExportedProgram:
+    # Training mode clears what some modules keep of earlier calls, such as tables made from a weight: the trace would
+    # take them for constants. A copy, for what is kept while tracing is of no use to anybody.
+    model = copy.deepcopy(model).train()
     # torch marks the tensors that it traces with symbolic sizes, so each trace gets tensors of its own
     fresh = pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, given)
     found = shapes(fresh)

@@ -85,7 +85,7 @@ class Literal:
     argument: int | str  # position or name
     at: int | None  # place within the argument, where that is a list
     number: int
-    labels: Tensor | None
+    labels: Tensor | None  # (number,), or (number, ...) for a weight's data, which vary along another dimension as well
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from featherweight.core.labels.flow import Call, Val, bare, carrier, compact, full, lay, plain, rule
+from featherweight.core.labels.flow import Call, Val, bare, carrier, compact, full, labels_of, lay, plain, rule
 
 
 def moved(call: Call, x: Val, labels: Any) -> Any:
@@ -87,16 +87,20 @@ def as_list(dims: Any) -> list[int]:
     return list(dims) if isinstance(dims, (tuple, list)) else [dims]
 
 
+def along(x: Val, dim: int) -> Tensor | None:
+    """The labels that a size counts: along a dimension, and of a weight's data across the others too."""
+    if x.data:
+        return full(x).movedim(dim, 0).flatten(1)
+    return labels_of(x.labels).flatten() if carrier(x.labels) == dim - x.value.dim() else None
+
+
 def record(call: Call, x: Val, found: Any) -> None:
     """What the sizes that stand in the code count, and which parts must lose equally many."""
     if call.name in ("view", "reshape", "_unsafe_view", "unflatten", "expand", "broadcast_to"):
         sizes = list(plain(call.args[2] if call.name == "unflatten" else call.arg(1, "size")))
         lead = call.args[1] % x.value.dim() if call.name == "unflatten" else found.value.dim() - len(sizes)
-        counted = carrier(found.labels)
-        axis = None if counted is None else counted + found.value.dim() - lead
-        ids = None if found.labels is None else found.labels.flatten()
         index, name = (2, "sizes") if call.name == "unflatten" else (1, "size")
-        call.counts(index, name, *(ids if d == axis else None for d in range(len(sizes))))
+        call.counts(index, name, *(along(found, d + lead) for d in range(len(sizes))))
     if ("split" in call.name or "chunk" in call.name) and x.labels is not None:
         dim = call.arg(2, "dim", 0) % x.value.dim()
         if carrier(x.labels) != dim - x.value.dim():

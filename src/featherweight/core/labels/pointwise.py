@@ -45,6 +45,7 @@ def pointwise(call: Call) -> Any:
         flow.unions.unite(base, other)
     if any(v.labels is None and any(size[d] > 1 for d in varying) for v, size in zip(vals, sizes, strict=True)):
         flow.pin(base, f"{call.name} with a constant of the same size")
+        return Val(out)
     still_data = all(vals[i].data for i in joined) and all(v.value.numel() == 1 for v in vals if v.labels is None)
     labels = flow.unions.find(base) if still_data else flow.settle(base)
     return Val(out, labels, keeps_zero(call, [given[i] for i in joined if vals[i].zero]), data=still_data)
