@@ -19,7 +19,6 @@ from torch.utils import _pytree as pytree
 from featherweight.core.operators import SIZES, function, schema_types
 from featherweight.errors import BadData
 
-
 Slot = tuple[int, int | str, int | None]
 """Where a number stands in a wiring: the step, the argument by position or name, the place within a list there."""
 
