@@ -89,7 +89,7 @@ class Channels:
     attributes: tuple[Attribute, ...] = ()  # of modules whose sizes are not read off their own weights
     literals: tuple[Written, ...] = ()  # numbers in the wiring of a network without its class
     rescales: tuple[tuple[tuple[str, ...], Tensor, Tensor], ...] = ()  # tensors, rows, channels of the head size
-    norms: dict[str, tuple[Tensor, int]] = field(default_factory=dict)  # node -> channels, groups (0: a layer norm)
+    norms: dict[str, tuple[Tensor, int]] = field(default_factory=dict)  # node -> channels, groups (0: no group norm)
     program: ExportedProgram | None = field(default=None, repr=False)
     example_inputs: Any = field(default=None, repr=False)
 
@@ -590,7 +590,10 @@ def masked_outputs(model: nn.Module, channels: Channels, doomed: Tensor) -> list
         if node.name in channels.norms:
             ids, groups = channels.norms[node.name]
             if gone[ids].any() and groups != ids.numel():
-                return _norm(operator_name(node), args, kwargs, ~gone[ids], groups)
+                kind = operator_name(node)
+                if not kind.endswith("_norm"):
+                    return _statistic(node, args, kwargs, ~gone[ids])
+                return _norm(kind, args, kwargs, ~gone[ids], groups)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     place = placed(channels.program, held, channels.example_inputs)
@@ -634,6 +637,22 @@ def _norm(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any], keep: Tensor
     out = (centred / (centred.square().sum(dims, keepdim=True) / count + eps).sqrt()).reshape(x.shape)
     out = out if weight is None else out * weight.reshape(shape)
     return out if bias is None else out + bias.reshape(shape)
+
+
+def _statistic(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], keep: Tensor) -> Any:
+    """A mean, variance or standard deviation over what is kept of the dimensions."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    given, kind = {**dict(zip(names, args, strict=False)), **kwargs}, operator_name(node)
+    x, dims = args[0], given.get("dim")
+    keep, dims = keep.to(x.device).expand(x.shape), tuple(range(x.dim())) if dims in (None, []) else dims
+    fewer = given.get("correction", given.get("unbiased", True))
+    count = keep.sum(dims, keepdim=True)
+    mean = (x * keep).sum(dims, keepdim=True) / count
+    var = ((x - mean) * keep).square().sum(dims, keepdim=True) / (count - (1 if fewer is None else int(fewer)))
+    spread = var if kind.startswith("var") else var.sqrt()
+    found = (mean,) if kind == "mean" else (spread, mean) if kind.endswith("mean") else (spread,)
+    found = found if given.get("keepdim") else tuple(f.sum(dims) for f in found)
+    return found if kind.endswith("_mean") else found[0]
 
 
 # --- removing them ---------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ class Flow:
     fixed: dict[str, str] = field(default_factory=dict)  # weight -> why none of its dimensions may change
     literals: list[Literal] = field(default_factory=list)
     rescales: list[Rescale] = field(default_factory=list)
-    norms: dict[str, Tensor] = field(default_factory=dict)  # node of a layer or RMS norm -> labels along its dimension
+    norms: dict[str, Tensor] = field(default_factory=dict)  # node of a norm or of its statistic -> labels
     spans: dict[str, tuple[Tensor, int]] = field(default_factory=dict)  # node of a group norm -> labels, groups
     names: dict[str, str] = field(default_factory=dict)  # placeholder -> weight
     aliases: dict[str, list[str]] = field(default_factory=dict)  # weight -> all its names
@@ -352,6 +352,8 @@ def flow_labels(model: nn.Module, program: ExportedProgram, example_inputs: Any)
     for val in pytree.tree_leaves(output, is_leaf=is_val):
         if isinstance(val, Val):
             flow.pin_value(val, "output of the model")
+            if val.labels is not None:
+                flow.pins.insert(0, flow.pins.pop())  # the first reason that is given counts
     return flow
 
 

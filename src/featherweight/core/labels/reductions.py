@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor, fx
+
 from featherweight.core.labels.flow import Call, Val, bare, carrier, full, rule
 from featherweight.core.labels.movement import as_list
 from featherweight.core.labels.pointwise import pointwise
+from featherweight.core.trace import operator_name
+
+
+SUMS = ("sum", "linalg_vector_norm", "norm")  # zeros add nothing to them
 
 
 @rule(
@@ -18,6 +24,8 @@ from featherweight.core.labels.pointwise import pointwise
     "min",
     "var",
     "std",
+    "var_mean",
+    "std_mean",
     "logsumexp",
     "linalg_vector_norm",
     "norm",
@@ -26,7 +34,11 @@ from featherweight.core.labels.pointwise import pointwise
     "all",
 )
 def reduce(call: Call) -> Any:
-    """Over other dimensions labels stay; a sum may run over channels that are zero when masked, nothing else may."""
+    """Over other dimensions labels stay.
+
+    Over the channels a sum or a norm may run where they are zero when masked; a mean or a variance where it is the
+    statistic of a norm written by hand, which is then taken over the channels that stay. Nothing else may.
+    """
     if call.name in ("max", "min") and len(call.args) > 1 and isinstance(call.args[1], Val):
         return pointwise(call)
     x = call.flow.as_data(call.args[0])
@@ -39,7 +51,9 @@ def reduce(call: Call) -> Any:
     axes = {d for d in range(n) if x.labels.size(d) > 1}
     results = call.value if isinstance(call.value, (tuple, list)) else (call.value,)
     if axes & dims:
-        if not (call.name == "sum" and x.zero and not x.data):
+        if is_statistic(call.node):
+            call.flow.norms[call.node.name] = x.labels
+        elif not (call.name in SUMS and x.zero and not x.data):
             call.pin(x, why="over the channels")
         found = tuple(Val(v) for v in results)
     else:
@@ -49,6 +63,39 @@ def reduce(call: Call) -> Any:
         zero = x.zero and call.name not in ("prod", "logsumexp", "any", "all")
         found = tuple(Val(v, labels, zero, data=x.data) for v in results)
     return found if isinstance(call.value, (tuple, list)) else found[0]
+
+
+# What may lie between a mean and the value that it scales, in a norm written by hand.
+BETWEEN = ("add", "to", "_to_copy", "clamp_min", "clamp", "maximum", "detach", "expand", "getitem", "mul", "unsqueeze")
+ROOTS = ("sqrt", "rsqrt", "pow", "reciprocal")
+
+
+def is_statistic(node: fx.Node) -> bool:
+    """Whether a mean or a variance is that of a norm: subtracted from a value, or its root divides or scales one.
+
+    Recognised on the graph, for a mean that means something else (a map of attention, say) is another network when it
+    is taken over fewer channels.
+    """
+    if operator_name(node) not in ("mean", "var", "var_mean", "std", "std_mean") or not node.users:
+        return False
+    return all(_norms(user, node, node, rooted=operator_name(node).startswith("std")) for user in node.users)
+
+
+def _norms(node: fx.Node, source: fx.Node, statistic: fx.Node, *, rooted: bool) -> bool:
+    """Whether what is made of a statistic ends as a norm does.
+
+    Args:
+        source: what of the statistic enters here.
+        rooted: a root was taken on the way; or else a mean may only divide the values that it is the mean of.
+    """
+    name, size = operator_name(node), source.meta["val"]
+    tensors = [a for a in node.args if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), Tensor)]
+    if any(a is not source and a.meta["val"].numel() > size.numel() for a in tensors if isinstance(size, Tensor)):
+        own = name == "div" and node.args[0] is statistic.args[0]
+        return name == "sub" or own or (rooted and name in ("mul", "div"))
+    if name not in BETWEEN and name not in ROOTS:
+        return False
+    return bool(node.users) and all(_norms(u, node, statistic, rooted=rooted or name in ROOTS) for u in node.users)
 
 
 @rule(

@@ -1,0 +1,315 @@
+"""Text, audio and multimodal networks from small configurations, and the parts that such networks are made of.
+
+Name -> a function that builds the model and its inputs. Nothing is downloaded: every weight is random.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention, silu
+
+Built = tuple[nn.Module, dict[str, Any]]
+
+WORDS = 99
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+
+
+def words(length: int = 7) -> dict[str, Tensor]:
+    """Two sentences, the second one shorter."""
+    ids = torch.randint(3, WORDS, (2, length))
+    mask = torch.ones_like(ids)
+    mask[1, -2:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _hf() -> Any:
+    import transformers as hf
+
+    hf.logging.set_verbosity_error()
+    return hf
+
+
+def bert() -> Built:
+    hf = _hf()
+    return hf.BertForSequenceClassification(hf.BertConfig(vocab_size=WORDS, **SMALL)), words()
+
+
+def roberta() -> Built:
+    hf = _hf()
+    return hf.RobertaForMaskedLM(hf.RobertaConfig(vocab_size=WORDS, max_position_embeddings=40, **SMALL)), words()
+
+
+def distilbert() -> Built:
+    hf = _hf()
+    config = hf.DistilBertConfig(vocab_size=WORDS, dim=32, n_layers=2, n_heads=4, hidden_dim=48)
+    return hf.DistilBertForSequenceClassification(config), words()
+
+
+def albert() -> Built:
+    hf = _hf()
+    return hf.AlbertForSequenceClassification(hf.AlbertConfig(vocab_size=WORDS, embedding_size=16, **SMALL)), words()
+
+
+def electra() -> Built:
+    hf = _hf()
+    config = hf.ElectraConfig(vocab_size=WORDS, embedding_size=16, **SMALL)
+    return hf.ElectraForSequenceClassification(config), words()
+
+
+def gpt2() -> Built:
+    hf = _hf()
+    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=WORDS, n_embd=32, n_layer=2, n_head=4, n_positions=40)), words()
+
+
+def llama() -> Built:
+    hf = _hf()
+    return hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=WORDS, **SMALL)), words()
+
+
+def mistral() -> Built:
+    """Grouped queries: two heads of keys and values for four of queries; a window over the positions."""
+    hf = _hf()
+    config = hf.MistralConfig(vocab_size=WORDS, num_key_value_heads=2, sliding_window=4, **SMALL)
+    return hf.MistralForCausalLM(config), words()
+
+
+def t5() -> Built:
+    hf = _hf()
+    config = hf.T5Config(vocab_size=WORDS, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    return hf.T5ForConditionalGeneration(config), {**words(), "decoder_input_ids": words(5)["input_ids"]}
+
+
+def t5_gated() -> Built:
+    """T5 version 1.1: a gated MLP, and an output layer of its own."""
+    hf = _hf()
+    config = hf.T5Config(
+        vocab_size=WORDS, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+    )  # fmt: skip
+    return hf.T5ForConditionalGeneration(config), {**words(), "decoder_input_ids": words(5)["input_ids"]}
+
+
+def bart() -> Built:
+    hf = _hf()
+    config = hf.BartConfig(
+        vocab_size=WORDS, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=40,
+    )  # fmt: skip
+    return hf.BartForConditionalGeneration(config), {**words(), "decoder_input_ids": words(5)["input_ids"]}
+
+
+def whisper() -> Built:
+    hf = _hf()
+    config = hf.WhisperConfig(
+        vocab_size=WORDS, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=20,
+        max_target_positions=24, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    sound = torch.randn(2, 8, 40)
+    return hf.WhisperForConditionalGeneration(config), {
+        "input_features": sound,
+        "decoder_input_ids": words(5)["input_ids"],
+    }
+
+
+def wav2vec2() -> Built:
+    hf = _hf()
+    config = hf.Wav2Vec2Config(
+        vocab_size=20, conv_dim=(16, 16, 24), conv_stride=(5, 2, 2), conv_kernel=(10, 3, 3), num_feat_extract_layers=3,
+        num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4, **SMALL,
+    )  # fmt: skip
+    return hf.Wav2Vec2ForCTC(config), {"input_values": torch.randn(2, 800)}
+
+
+def clip() -> Built:
+    hf = _hf()
+    text = {**SMALL, "vocab_size": WORDS, "max_position_embeddings": 16, "eos_token_id": 2}
+    vision = {**SMALL, "image_size": 32, "patch_size": 8}
+    config = hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
+    return hf.CLIPModel(config), {**words(), "pixel_values": torch.randn(2, 3, 32, 32)}
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """Written by hand, as language models do."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+class GatedMlp(nn.Module):
+    """silu(gate) * up, and back."""
+
+    def __init__(self, size: int, inner: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(size)
+        self.gate, self.up = (nn.Linear(size, inner, bias=False) for _ in range(2))
+        self.down = nn.Linear(inner, size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x + self.down(silu(self.gate(h)) * self.up(h))
+
+
+class FusedQkv(nn.Module):
+    """One matrix for queries, keys and values, in three parts."""
+
+    def __init__(self, size: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(size, 3 * size), nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        y = scaled_dot_product_attention(q, k, v)
+        return x + self.out(y.transpose(1, 2).reshape(b, n, -1))
+
+
+class SplitQkv(nn.Module):
+    """One matrix, split into blocks of heads by hand; the softmax by hand too."""
+
+    def __init__(self, size: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.each = heads, size // heads
+        self.qkv, self.out = nn.Linear(size, 3 * size), nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (p.view(b, n, self.heads, self.each).transpose(1, 2) for p in self.qkv(x).chunk(3, -1))
+        a = (q @ k.transpose(-2, -1) / math.sqrt(self.each)).softmax(-1)
+        return x + self.out((a @ v).transpose(1, 2).reshape(b, n, self.heads * self.each))
+
+
+class GroupedQueries(nn.Module):
+    """Fewer heads of keys and values than of queries, each repeated."""
+
+    def __init__(self, size: int, heads: int, shared: int) -> None:
+        super().__init__()
+        self.heads, self.shared, self.each = heads, shared, size // heads
+        self.q = nn.Linear(size, size)
+        self.k, self.v = (nn.Linear(size, shared * self.each) for _ in range(2))
+        self.out = nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q = self.q(x).view(b, n, self.heads, self.each).transpose(1, 2)
+        k, v = (f(x).view(b, n, self.shared, self.each).transpose(1, 2) for f in (self.k, self.v))
+        k, v = (t.repeat_interleave(self.heads // self.shared, dim=1) for t in (k, v))
+        y = scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + self.out(y.transpose(1, 2).reshape(b, n, -1))
+
+
+class EinsumAttention(nn.Module):
+    """Attention in Einstein's notation."""
+
+    def __init__(self, size: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.each = heads, size // heads
+        self.q, self.k, self.v, self.out = (nn.Linear(size, size) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (f(x).view(b, n, self.heads, self.each) for f in (self.q, self.k, self.v))
+        a = (torch.einsum("bihd,bjhd->bhij", q, k) * self.each**-0.5).softmax(-1)
+        return x + self.out(torch.einsum("bhij,bjhd->bihd", a, v).reshape(b, n, -1))
+
+
+class TorchAttention(nn.Module):
+    """torch's own multi-head attention."""
+
+    def __init__(self, size: int, heads: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(size, heads, batch_first=True)
+        self.norm = nn.LayerNorm(size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+class WeightNorm(nn.Module):
+    """A weight that is computed: direction times length."""
+
+    def __init__(self, size: int, inner: int) -> None:
+        super().__init__()
+        self.direction = nn.Parameter(torch.randn(inner, size) / math.sqrt(size))
+        self.length = nn.Parameter(torch.rand(inner, 1) + 0.5)
+        self.bias = nn.Parameter(torch.zeros(inner))
+        self.back = nn.Linear(inner, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.length * self.direction / self.direction.norm(dim=1, keepdim=True)
+        return x + self.back(torch.relu(nn.functional.linear(x, weight, self.bias)))
+
+
+class Recurrent(nn.Module):
+    """An LSTM in both directions, and a GRU after it."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(size, 12, num_layers=2, bidirectional=True, batch_first=True)
+        self.gru = nn.GRU(24, size, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gru(self.lstm(x)[0])[0]
+
+
+class Text(nn.Module):
+    """Embeddings, a block, and an output layer, which may be the embeddings again."""
+
+    def __init__(self, *blocks: nn.Module, size: int = 24, tied: bool = False) -> None:
+        super().__init__()
+        self.words, self.blocks = nn.Embedding(WORDS, size), nn.Sequential(*blocks)
+        self.before = nn.Linear(size, size)
+        self.head = nn.Linear(size, WORDS, bias=not tied)
+        if tied:
+            self.head.weight = self.words.weight
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        found: Tensor = self.head(self.before(self.blocks(self.words(input_ids))))
+        return found
+
+
+def _text(*blocks: Callable[[], nn.Module], tied: bool = False) -> Callable[[], Built]:
+    return lambda: (Text(*(b() for b in blocks), tied=tied), {"input_ids": words()["input_ids"]})
+
+
+TRANSFORMERS: dict[str, Callable[[], Built]] = {
+    "bert": bert,
+    "roberta": roberta,
+    "distilbert": distilbert,
+    "albert": albert,
+    "electra": electra,
+    "gpt2": gpt2,
+    "llama": llama,
+    "mistral": mistral,
+    "t5": t5,
+    "t5-gated": t5_gated,
+    "bart": bart,
+    "whisper": whisper,
+    "wav2vec2": wav2vec2,
+    "clip": clip,
+}
+PARTS: dict[str, Callable[[], Built]] = {
+    "tied embeddings": _text(lambda: FusedQkv(24, 3), tied=True),
+    "gated mlp": _text(lambda: GatedMlp(24, 40)),
+    "fused qkv": _text(lambda: FusedQkv(24, 3)),
+    "split qkv": _text(lambda: SplitQkv(24, 3)),
+    "grouped queries": _text(lambda: GroupedQueries(24, 4, 2)),
+    "einsum attention": _text(lambda: EinsumAttention(24, 3)),
+    "torch attention": _text(lambda: TorchAttention(24, 3)),
+    "computed weights": _text(lambda: WeightNorm(24, 40)),
+    "lstm and gru": _text(lambda: Recurrent(24)),
+}
+ARCHITECTURES: dict[str, Callable[[], Built]] = {**TRANSFORMERS, **PARTS}
