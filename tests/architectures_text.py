@@ -34,6 +34,18 @@ def _hf() -> Any:
     return hf
 
 
+class Only(nn.Module):
+    """A network of several outputs that returns one of them: the others would make their channels outputs too."""
+
+    def __init__(self, network: nn.Module, key: str) -> None:
+        super().__init__()
+        self.network, self.key = network, key
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        found: Tensor = self.network(**inputs)[self.key]
+        return found
+
+
 def bert() -> Built:
     hf = _hf()
     return hf.BertForSequenceClassification(hf.BertConfig(vocab_size=WORDS, **SMALL)), words()
@@ -81,7 +93,7 @@ def mistral() -> Built:
 def t5() -> Built:
     hf = _hf()
     config = hf.T5Config(vocab_size=WORDS, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
-    return hf.T5ForConditionalGeneration(config), {**words(), "decoder_input_ids": words(5)["input_ids"]}
+    return Only(hf.T5ForConditionalGeneration(config), "logits"), {**words(), "decoder_input_ids": words(5)["input_ids"]}
 
 
 def t5_gated() -> Built:
@@ -91,7 +103,7 @@ def t5_gated() -> Built:
         vocab_size=WORDS, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
         feed_forward_proj="gated-gelu", tie_word_embeddings=False,
     )  # fmt: skip
-    return hf.T5ForConditionalGeneration(config), {**words(), "decoder_input_ids": words(5)["input_ids"]}
+    return Only(hf.T5ForConditionalGeneration(config), "logits"), {**words(), "decoder_input_ids": words(5)["input_ids"]}
 
 
 def bart() -> Built:
@@ -100,7 +112,7 @@ def bart() -> Built:
         vocab_size=WORDS, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=40,
     )  # fmt: skip
-    return hf.BartForConditionalGeneration(config), {**words(), "decoder_input_ids": words(5)["input_ids"]}
+    return Only(hf.BartForConditionalGeneration(config), "logits"), {**words(), "decoder_input_ids": words(5)["input_ids"]}
 
 
 def whisper() -> Built:
@@ -111,7 +123,7 @@ def whisper() -> Built:
         max_target_positions=24, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
     )  # fmt: skip
     sound = torch.randn(2, 8, 40)
-    return hf.WhisperForConditionalGeneration(config), {
+    return Only(hf.WhisperForConditionalGeneration(config), "logits"), {
         "input_features": sound,
         "decoder_input_ids": words(5)["input_ids"],
     }
@@ -131,7 +143,7 @@ def clip() -> Built:
     text = {**SMALL, "vocab_size": WORDS, "max_position_embeddings": 16, "eos_token_id": 2}
     vision = {**SMALL, "image_size": 32, "patch_size": 8}
     config = hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
-    return hf.CLIPModel(config), {**words(), "pixel_values": torch.randn(2, 3, 32, 32)}
+    return Only(hf.CLIPModel(config), "logits_per_image"), {**words(), "pixel_values": torch.randn(2, 3, 32, 32)}
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -23,6 +24,7 @@ from torch.export import ExportedProgram
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from featherweight.core.double import Double
 from featherweight.core.labels import Flow, Literal, compact, components, flow_labels
 from featherweight.core.ledger import skip
 from featherweight.core.task import as_call, device_of, eval_mode, to_device
@@ -499,7 +501,7 @@ class _Lab:
 
     def __init__(self, model: nn.Module, channels: Channels) -> None:
         self.channels, self.model = channels, copy.deepcopy(model).eval()
-        self.inputs = channels.example_inputs
+        self.inputs, self.dtype = channels.example_inputs, torch.float32
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for tensor in {id(t): t for t in weight_tensors(self.model).values()}.values():
@@ -519,19 +521,19 @@ class _Lab:
         )
         trial = copy.deepcopy(self.model).to(dtype)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), Double() if dtype == torch.float64 else nullcontext():
                 expected = masked_outputs(trial, replace(self.channels, example_inputs=inputs), torch.empty(0))
-            wrong = _verdict(trial, inputs, expected, exact)
+                wrong = _verdict(trial, inputs, expected, exact)
         except (RuntimeError, TypeError):
             return False
         if wrong is None:
-            self.model, self.inputs, self.tolerance = trial, inputs, tolerance
+            self.model, self.inputs, self.tolerance, self.dtype = trial, inputs, tolerance, dtype
         return wrong is None
 
     def difference(self, doomed: Tensor) -> str | None:
         """Why removing these channels is not the same as masking them, or None where it is."""
         channels = replace(self.channels, example_inputs=self.inputs)
-        with torch.no_grad():
+        with torch.no_grad(), Double() if self.dtype == torch.float64 else nullcontext():
             expected = masked_outputs(self.model, channels, doomed)
             undo = _remove(self.model, channels, doomed)
             try:

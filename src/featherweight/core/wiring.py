@@ -382,7 +382,7 @@ class _Writer:
         kwargs = tuple(
             (k, self._argument(v, node)) for k, v in node.kwargs.items() if k not in ("pin_memory", "layout")
         )
-        self.numbers[node] = self._add(Step(target, *self._modes(node, args, kwargs)))
+        self.numbers[node] = self._add(Step(target, *_explicit(node, *self._modes(node, args, kwargs))))
 
     def _modes(self, node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Dropout and batch norms that the model's own code calls ask for the mode, as they did there."""
@@ -419,6 +419,23 @@ class _Writer:
     def _add(self, step: Step) -> Ref:
         self.steps.append(step)
         return Ref(len(self.inputs) + len(self.steps) - 1)
+
+
+def _explicit(node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """What a call takes from the size of a tensor, as a number: it stays what it was when channels are removed.
+
+    The scale of attention, and the ends of a part that are counted from behind.
+    """
+    source = node.args[0].meta.get("val") if node.args and isinstance(node.args[0], fx.Node) else None
+    name = operator_name(node)
+    if name == "scaled_dot_product_attention" and isinstance(source, Tensor) and isinstance(source.shape[-1], int):
+        if dict(kwargs).get("scale") is None:
+            kwargs = (*((k, v) for k, v in kwargs if k != "scale"), ("scale", source.shape[-1] ** -0.5))
+    elif name == "slice" and isinstance(source, Tensor) and len(args) > 2 and isinstance(source.shape[args[1]], int):
+        size = source.shape[args[1]]
+        ends = (size + n if isinstance(n, int) and -size <= n < 0 else n for n in args[2:4])
+        args = (*args[:2], *ends, *args[4:])
+    return args, kwargs
 
 
 # --- layers as a whole ------------------------------------------------------------------------------------------------

@@ -45,6 +45,8 @@ def move(call: Call) -> Any:
         return bare(call.value)
     if not x.data and picks_channels(call, x):
         call.pin(x, why="of single channels")
+    elif call.name in ("slice", "narrow"):
+        cut_out(call, x)
     labels = call.again(full(x), *plain(call.args[1:]))
     found = moved(call, x, labels)
     record(call, x, found)
@@ -71,8 +73,6 @@ def picks_channels(call: Call, x: Val) -> bool:
         "select": lambda: where % dims == axis,
         "unbind": lambda: where % dims == axis,
         "index_select": lambda: where % dims == axis,
-        "slice": lambda: where % dims == axis and call.value.shape != x.value.shape,
-        "narrow": lambda: where % dims == axis and call.value.shape != x.value.shape,
         "roll": lambda: axis in {d % dims for d in as_list(call.arg(2, "dims", [axis]))},
         "index": lambda: axis < len(where) and where[axis] is not None,
         "unfold": lambda: where % dims == axis,
@@ -80,6 +80,28 @@ def picks_channels(call: Call, x: Val) -> bool:
         "rot90": lambda: True,
     }
     return bool(picked.get(call.name, lambda: False)())
+
+
+def cut_out(call: Call, x: Val) -> None:
+    """A part of the channels: its ends count those before them; every second one is of pairs that go together."""
+    dims, at, dim = x.value.dim(), carrier(x.labels), call.arg(1, "dim", 0)
+    if at is None or dim % dims != at + dims or call.value.shape == x.value.shape or x.labels is None:
+        return
+    ids, size = x.labels.flatten(), x.value.shape[dim]
+    if call.name == "narrow":
+        start = plain(call.arg(2, "start"))
+        call.counts(2, "start", ids[:start])
+        call.counts(3, "length", ids[start : start + call.value.shape[dim]])
+        return
+    step, start, end = plain((call.arg(4, "step", 1), call.arg(2, "start"), call.arg(3, "end")))
+    if step == 1:
+        call.counts(2, "start", ids[:start] if start else None)
+        call.counts(3, "end", ids[:end] if isinstance(end, int) and end < size else None)
+    elif size % step or not 0 <= (start or 0) < step or (isinstance(end, int) and end < size):
+        call.pin(x, why="of single channels")
+    else:
+        blocks = ids.view(-1, step)
+        call.flow.unions.unite(blocks[:, :1], blocks)
 
 
 def as_list(dims: Any) -> list[int]:
