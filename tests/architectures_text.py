@@ -41,8 +41,22 @@ class Only(nn.Module):
         super().__init__()
         self.network, self.key = network, key
 
-    def forward(self, **inputs: Tensor) -> Tensor:
-        found: Tensor = self.network(**inputs)[self.key]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        input_features: Tensor | None = None,
+    ) -> Tensor:
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "decoder_input_ids": decoder_input_ids,
+            "pixel_values": pixel_values,
+            "input_features": input_features,
+        }
+        found: Tensor = self.network(**{k: v for k, v in given.items() if v is not None})[self.key]
         return found
 
 
@@ -93,7 +107,10 @@ def mistral() -> Built:
 def t5() -> Built:
     hf = _hf()
     config = hf.T5Config(vocab_size=WORDS, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
-    return Only(hf.T5ForConditionalGeneration(config), "logits"), {**words(), "decoder_input_ids": words(5)["input_ids"]}
+    return Only(hf.T5ForConditionalGeneration(config), "logits"), {
+        **words(),
+        "decoder_input_ids": words(5)["input_ids"],
+    }
 
 
 def t5_gated() -> Built:
@@ -103,7 +120,10 @@ def t5_gated() -> Built:
         vocab_size=WORDS, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
         feed_forward_proj="gated-gelu", tie_word_embeddings=False,
     )  # fmt: skip
-    return Only(hf.T5ForConditionalGeneration(config), "logits"), {**words(), "decoder_input_ids": words(5)["input_ids"]}
+    return Only(hf.T5ForConditionalGeneration(config), "logits"), {
+        **words(),
+        "decoder_input_ids": words(5)["input_ids"],
+    }
 
 
 def bart() -> Built:
@@ -112,7 +132,10 @@ def bart() -> Built:
         vocab_size=WORDS, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=40,
     )  # fmt: skip
-    return Only(hf.BartForConditionalGeneration(config), "logits"), {**words(), "decoder_input_ids": words(5)["input_ids"]}
+    return Only(hf.BartForConditionalGeneration(config), "logits"), {
+        **words(),
+        "decoder_input_ids": words(5)["input_ids"],
+    }
 
 
 def whisper() -> Built:

@@ -11,7 +11,6 @@ from featherweight.core.labels.movement import as_list
 from featherweight.core.labels.pointwise import pointwise
 from featherweight.core.trace import operator_name
 
-
 SUMS = ("sum", "linalg_vector_norm", "norm")  # zeros add nothing to them
 
 
