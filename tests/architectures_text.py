@@ -1,22 +1,26 @@
-"""Text, audio and multimodal networks from small configurations, and the parts that such networks are made of.
-
-Name -> a function that builds the model and its inputs. Nothing is downloaded: every weight is random.
-"""
+"""Text, audio and multimodal architectures from small configurations, and what they are made of: one table."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-Built = tuple[nn.Module, dict[str, Any]]
+from architectures import Architecture, named, of
 
 WORDS = 99
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+BERT = {"vocab_size": WORDS, **SMALL}
+T5 = {"vocab_size": WORDS, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+BART = {
+    **{"vocab_size": WORDS, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48},
+    **{"decoder_ffn_dim": 48, "encoder_attention_heads": 4, "decoder_attention_heads": 4},
+}
 
 
 def words(length: int = 7) -> dict[str, Tensor]:
@@ -27,11 +31,19 @@ def words(length: int = 7) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _hf() -> Any:
-    import transformers as hf
+def pair() -> dict[str, Tensor]:
+    """What an encoder reads, and what a decoder has written so far."""
+    return {**words(), "decoder_input_ids": words(5)["input_ids"]}
 
-    hf.logging.set_verbosity_error()
-    return hf
+
+def sound() -> dict[str, Tensor]:
+    """A spectrogram, and what a decoder has written so far."""
+    return {"input_features": torch.randn(2, 8, 40), "decoder_input_ids": words(5)["input_ids"]}
+
+
+def captioned() -> dict[str, Tensor]:
+    """Images with their captions."""
+    return {**words(), "pixel_values": torch.randn(2, 3, 32, 32)}
 
 
 class Only(nn.Module):
@@ -60,114 +72,89 @@ class Only(nn.Module):
         return found
 
 
-def bert() -> Built:
-    hf = _hf()
-    return hf.BertForSequenceClassification(hf.BertConfig(vocab_size=WORDS, **SMALL)), words()
+def only(key: str, model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
+    """What builds such a network."""
+    return lambda: Only(named(model, config, **options), key)
 
 
-def roberta() -> Built:
-    hf = _hf()
-    return hf.RobertaForMaskedLM(hf.RobertaConfig(vocab_size=WORDS, max_position_embeddings=40, **SMALL)), words()
-
-
-def distilbert() -> Built:
-    hf = _hf()
-    config = hf.DistilBertConfig(vocab_size=WORDS, dim=32, n_layers=2, n_heads=4, hidden_dim=48)
-    return hf.DistilBertForSequenceClassification(config), words()
-
-
-def albert() -> Built:
-    hf = _hf()
-    return hf.AlbertForSequenceClassification(hf.AlbertConfig(vocab_size=WORDS, embedding_size=16, **SMALL)), words()
-
-
-def electra() -> Built:
-    hf = _hf()
-    config = hf.ElectraConfig(vocab_size=WORDS, embedding_size=16, **SMALL)
-    return hf.ElectraForSequenceClassification(config), words()
-
-
-def gpt2() -> Built:
-    hf = _hf()
-    return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=WORDS, n_embd=32, n_layer=2, n_head=4, n_positions=40)), words()
-
-
-def llama() -> Built:
-    hf = _hf()
-    return hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=WORDS, **SMALL)), words()
-
-
-def mistral() -> Built:
-    """Grouped queries: two heads of keys and values for four of queries; a window over the positions."""
-    hf = _hf()
-    config = hf.MistralConfig(vocab_size=WORDS, num_key_value_heads=2, sliding_window=4, **SMALL)
-    return hf.MistralForCausalLM(config), words()
-
-
-def t5() -> Built:
-    hf = _hf()
-    config = hf.T5Config(vocab_size=WORDS, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
-    return Only(hf.T5ForConditionalGeneration(config), "logits"), {
-        **words(),
-        "decoder_input_ids": words(5)["input_ids"],
-    }
-
-
-def t5_gated() -> Built:
-    """T5 version 1.1: a gated MLP, and an output layer of its own."""
-    hf = _hf()
-    config = hf.T5Config(
-        vocab_size=WORDS, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
-        feed_forward_proj="gated-gelu", tie_word_embeddings=False,
-    )  # fmt: skip
-    return Only(hf.T5ForConditionalGeneration(config), "logits"), {
-        **words(),
-        "decoder_input_ids": words(5)["input_ids"],
-    }
-
-
-def bart() -> Built:
-    hf = _hf()
-    config = hf.BartConfig(
-        vocab_size=WORDS, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=40,
-    )  # fmt: skip
-    return Only(hf.BartForConditionalGeneration(config), "logits"), {
-        **words(),
-        "decoder_input_ids": words(5)["input_ids"],
-    }
-
-
-def whisper() -> Built:
-    hf = _hf()
-    config = hf.WhisperConfig(
-        vocab_size=WORDS, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=20,
-        max_target_positions=24, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
-    )  # fmt: skip
-    sound = torch.randn(2, 8, 40)
-    return Only(hf.WhisperForConditionalGeneration(config), "logits"), {
-        "input_features": sound,
-        "decoder_input_ids": words(5)["input_ids"],
-    }
-
-
-def wav2vec2() -> Built:
-    hf = _hf()
-    config = hf.Wav2Vec2Config(
-        vocab_size=20, conv_dim=(16, 16, 24), conv_stride=(5, 2, 2), conv_kernel=(10, 3, 3), num_feat_extract_layers=3,
-        num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4, **SMALL,
-    )  # fmt: skip
-    return hf.Wav2Vec2ForCTC(config), {"input_values": torch.randn(2, 800)}
-
-
-def clip() -> Built:
-    hf = _hf()
+def clip() -> nn.Module:
     text = {**SMALL, "vocab_size": WORDS, "max_position_embeddings": 16, "eos_token_id": 2}
     vision = {**SMALL, "image_size": 32, "patch_size": 8}
-    config = hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
-    return Only(hf.CLIPModel(config), "logits_per_image"), {**words(), "pixel_values": torch.randn(2, 3, 32, 32)}
+    parts = {"text_config": text, "vision_config": vision, "projection_dim": 24}
+    return Only(named("CLIPModel", "CLIPConfig", **parts), "logits_per_image")
 
+
+LANGUAGE: dict[str, Architecture] = {
+    "BERT": Architecture(of("BertForSequenceClassification", "BertConfig", **BERT), words, fast=True),
+    "RoBERTa": Architecture(of("RobertaForMaskedLM", "RobertaConfig", max_position_embeddings=40, **BERT), words),
+    "DistilBERT": Architecture(
+        of(
+            "DistilBertForSequenceClassification",
+            "DistilBertConfig",
+            vocab_size=WORDS,
+            dim=32,
+            n_layers=2,
+            n_heads=4,
+            hidden_dim=48,
+        ),
+        words,
+    ),
+    "ALBERT": Architecture(of("AlbertForSequenceClassification", "AlbertConfig", embedding_size=16, **BERT), words),
+    "ELECTRA": Architecture(of("ElectraForSequenceClassification", "ElectraConfig", embedding_size=16, **BERT), words),
+    "GPT-2": Architecture(
+        of("GPT2LMHeadModel", "GPT2Config", vocab_size=WORDS, n_embd=32, n_layer=2, n_head=4, n_positions=40),
+        words,
+        fast=True,
+    ),
+    "Llama": Architecture(of("LlamaForCausalLM", "LlamaConfig", **BERT), words, fast=True),
+    "Mistral": Architecture(
+        of("MistralForCausalLM", "MistralConfig", num_key_value_heads=2, sliding_window=4, **BERT), words
+    ),
+    "T5": Architecture(only("logits", "T5ForConditionalGeneration", "T5Config", **T5), pair, fast=True),
+    "T5, gated": Architecture(
+        only(
+            "logits",
+            "T5ForConditionalGeneration",
+            "T5Config",
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+            **T5,
+        ),
+        pair,
+    ),
+    "BART": Architecture(
+        only("logits", "BartForConditionalGeneration", "BartConfig", max_position_embeddings=40, **BART), pair
+    ),
+    "Whisper": Architecture(
+        only(
+            "logits",
+            "WhisperForConditionalGeneration",
+            "WhisperConfig",
+            num_mel_bins=8,
+            max_source_positions=20,
+            max_target_positions=24,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+            **BART,
+        ),
+        sound,
+    ),
+    "wav2vec2": Architecture(
+        of(
+            "Wav2Vec2ForCTC",
+            "Wav2Vec2Config",
+            **(SMALL | {"vocab_size": 20, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4}),
+            conv_dim=(16, 16, 24),
+            conv_stride=(5, 2, 2),
+            conv_kernel=(10, 3, 3),
+            num_feat_extract_layers=3,
+        ),
+        lambda: {"input_values": torch.randn(2, 800)},
+    ),
+    "CLIP": Architecture(clip, captioned),
+}
 
 # --- parts ------------------------------------------------------------------------------------------------------------
 
@@ -316,35 +303,21 @@ class Text(nn.Module):
         return found
 
 
-def _text(*blocks: Callable[[], nn.Module], tied: bool = False) -> Callable[[], Built]:
-    return lambda: (Text(*(b() for b in blocks), tied=tied), {"input_ids": words()["input_ids"]})
+def text(*blocks: Callable[[], nn.Module], tied: bool = False) -> Architecture:
+    """Such blocks between embeddings and an output layer."""
+    return Architecture(lambda: Text(*(b() for b in blocks), tied=tied), lambda: {"input_ids": words()["input_ids"]})
 
 
-TRANSFORMERS: dict[str, Callable[[], Built]] = {
-    "bert": bert,
-    "roberta": roberta,
-    "distilbert": distilbert,
-    "albert": albert,
-    "electra": electra,
-    "gpt2": gpt2,
-    "llama": llama,
-    "mistral": mistral,
-    "t5": t5,
-    "t5-gated": t5_gated,
-    "bart": bart,
-    "whisper": whisper,
-    "wav2vec2": wav2vec2,
-    "clip": clip,
+PARTS: dict[str, Architecture] = {
+    "tied embeddings": text(partial(FusedQkv, 24, 3), tied=True),
+    "gated MLP": text(partial(GatedMlp, 24, 40)),
+    "fused qkv": text(partial(FusedQkv, 24, 3)),
+    "split qkv": text(partial(SplitQkv, 24, 3)),
+    "grouped queries": text(partial(GroupedQueries, 24, 4, 2)),
+    "attention in einsum": text(partial(EinsumAttention, 24, 3)),
+    "torch's attention": text(partial(TorchAttention, 24, 3)),
+    "computed weights": text(partial(WeightNorm, 24, 40)),
+    "LSTM and GRU": text(partial(Recurrent, 24)),
 }
-PARTS: dict[str, Callable[[], Built]] = {
-    "tied embeddings": _text(lambda: FusedQkv(24, 3), tied=True),
-    "gated mlp": _text(lambda: GatedMlp(24, 40)),
-    "fused qkv": _text(lambda: FusedQkv(24, 3)),
-    "split qkv": _text(lambda: SplitQkv(24, 3)),
-    "grouped queries": _text(lambda: GroupedQueries(24, 4, 2)),
-    "einsum attention": _text(lambda: EinsumAttention(24, 3)),
-    "torch attention": _text(lambda: TorchAttention(24, 3)),
-    "computed weights": _text(lambda: WeightNorm(24, 40)),
-    "lstm and gru": _text(lambda: Recurrent(24)),
-}
-ARCHITECTURES: dict[str, Callable[[], Built]] = {**TRANSFORMERS, **PARTS}
+
+TEXT: dict[str, Architecture] = LANGUAGE | PARTS

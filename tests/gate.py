@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from architectures import Architecture
 from featherweight.core.channels import Channels, channel_groups, masked_outputs, remove_channels
+from featherweight.core.double import Double
 from featherweight.core.task import as_call
 from featherweight.core.wired import Wired
 from featherweight.core.wiring import wire
@@ -77,7 +78,7 @@ def widened(one: Found) -> Found:
 def removal_error(one: Found) -> float:
     """Removes three channels in ten, in place; how far that is from masking, relative to the largest output."""
     gone = doomed(one.channels)
-    with torch.no_grad():
+    with torch.no_grad(), Double():
         expected = masked_outputs(one.wired, one.channels, gone)
         remove_channels(one.wired, gone, channels=one.channels)
         args, kwargs = as_call(one.inputs)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 
 from architectures import ARCHITECTURES
+from architectures_text import TEXT
 from gate import found, prunable, removal_error, widened
 
-SLOW = [pytest.param(name, marks=() if a.fast else pytest.mark.slow) for name, a in ARCHITECTURES.items()]
+ALL = ARCHITECTURES | TEXT
+SLOW = [pytest.param(name, marks=() if a.fast else pytest.mark.slow) for name, a in ALL.items()]
 
 
 @pytest.mark.parametrize("name", SLOW)
 def test_removal_equals_masking(name: str) -> None:
-    one = found(ARCHITECTURES[name])
+    one = found(ALL[name])
     before = sum(p.numel() for p in one.wired.parameters())
     assert prunable(one.channels) >= 0.95
     one = widened(one)
