@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from featherweight import export, zoo
     from featherweight.catalogue import Entry
     from featherweight.coding import inspect, load, save, unpack
+    from featherweight.core.examine import examine
     from featherweight.core.fit import fit
     from featherweight.core.task import Metric, Task, accuracy, evaluate
     from featherweight.core.tracking import tracking
+    from featherweight.core.wired import Wired
+    from featherweight.core.wiring import wire
     from featherweight.figures import measure
     from featherweight.pipeline import Result, compress
     from featherweight.running import run
@@ -39,6 +42,9 @@ _WHERE = {
     "load": "coding",
     "inspect": "coding",
     "unpack": "coding",
+    "examine": "core.examine",
+    "wire": "core.wiring",
+    "Wired": "core.wired",
 }
 _ROOMS = ("export", "zoo")
 
@@ -47,9 +53,11 @@ __all__ = [
     "Metric",
     "Result",
     "Task",
+    "Wired",
     "accuracy",
     "compress",
     "evaluate",
+    "examine",
     "export",
     "fit",
     "inspect",
@@ -60,6 +68,7 @@ __all__ = [
     "save",
     "tracking",
     "unpack",
+    "wire",
     "zoo",
 ]
 

@@ -55,7 +55,7 @@ def _flags(command: Callable[..., None], first: str, kind: Any, told: str) -> Ca
 
 
 FLAGS: dict[str, Any] = {"train": int, "batch_size": int, "seed": int, "threads": int, "tracker": list[str]}
-FLAGS |= dict.fromkeys(("strict", "measure", "onnx", "resume"), bool)
+FLAGS |= dict.fromkeys(("strict", "measure", "onnx", "without_class", "resume"), bool)
 
 
 def _parameter(name: str, kind: Any, default: Any) -> Parameter:

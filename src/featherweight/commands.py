@@ -72,7 +72,8 @@ def rebuilt(directory: Path, report: Mapping[str, Any]) -> tuple[nn.Module, nn.M
     if weights is not None:
         sources.load_weights(original, weights)
     fresh = copy.deepcopy(original) if asked.student is None else sources.network(asked.student)
-    return original.eval(), coding.load(directory / "model.fw", into=fresh).eval(), task
+    into = None if asked.without_class else fresh
+    return original.eval(), coding.load(directory / "model.fw", into=into).eval(), task
 
 
 def verify(directory: Path, *, show: bool) -> Iterator[str]:

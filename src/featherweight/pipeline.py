@@ -24,6 +24,7 @@ from featherweight.checkpoint import Checkpoints
 from featherweight.coding import SaveReport, load, save
 from featherweight.core import ledger, progress, tracking
 from featherweight.core.cost import cost
+from featherweight.core.examine import examine
 from featherweight.core.forms import bake
 from featherweight.core.surgery import find_layers
 from featherweight.core.task import (
@@ -38,7 +39,7 @@ from featherweight.core.task import (
     run,
     to_device,
 )
-from featherweight.core.wiring import remember
+from featherweight.core.wiring import remember, wire
 from featherweight.errors import BadData, BadOption, BadRecipe, CompressionError, FeatherweightError, within
 from featherweight.figures import figures_of, latency, paired_test, rows
 from featherweight.outputs import FRESH, prepare, take_over, write_json
@@ -122,6 +123,7 @@ def compress(
     measure: bool = True,
     onnx: bool = True,
     student: nn.Module | None = None,
+    without_class: bool = False,
     threads: int | None = None,
     tracker: tracking.Tracker | None = None,
     tracker_dir: str | os.PathLike[str] | None = None,
@@ -144,6 +146,8 @@ def compress(
         measure: also count cost and bytes and time latency; without it only the metric is measured.
         onnx: also write and check the ONNX file.
         student: the network that gets smaller or is trained in place of the model, which is then only the teacher.
+        without_class: compress the network's graph in place of its class (see `featherweight.wire`): channels can go
+            where the class's own code would not follow, and the result needs no class.
         threads: threads of PyTorch, on which the bytes of a result depend; as many as there are when left out.
         tracker: log every step's losses and every method's figures with "tensorboard", "wandb", "mlflow" or another of
             Accelerate's trackers, by name or as an object.
@@ -154,7 +158,14 @@ def compress(
         FeatherweightError: anything that is wrong with the call, in one sentence; nothing has been written then.
     """
     settings: dict[str, Any] = {"until": until, "guard": guard, "strict": strict, "seed": seed, "threads": threads}
-    settings |= {"measure": measure, "onnx": onnx, "out": out, "resume": resume, "tracker_dir": tracker_dir}
+    settings |= {
+        "measure": measure,
+        "onnx": onnx,
+        "out": out,
+        "without_class": without_class,
+        "resume": resume,
+        "tracker_dir": tracker_dir,
+    }
     check_settings(settings)
     logs = tracker_dir if tracker_dir is not None or out is None else Path(out) / "tracking"
     with within("tracker"):
@@ -173,6 +184,7 @@ def compress(
             measure=measure,
             write_onnx=onnx,
             student=student,
+            without_class=without_class,
         )
         with tracking.tracking(trackers, logs, session.told()):
             return session.run(None if out is None else Path(out), resume)
@@ -316,9 +328,12 @@ class _Session:
         measure: bool,
         write_onnx: bool,
         student: nn.Module | None,
+        without_class: bool,
     ) -> None:
         self.original = copy.deepcopy(model).eval().requires_grad_(False)
-        self.template = copy.deepcopy(model if student is None else student).eval()
+        subject = model if student is None else student
+        self.template = (wire(subject, task.inputs()) if without_class else copy.deepcopy(subject)).eval()
+        self.without_class = without_class
         self.task = task if task.teacher is not None else replace(task, teacher=self.original)
         self.chain, self.limits, self.guards = chain, limits, guards
         self.seed, self.strict, self.measure, self.write_onnx = seed, strict, measure, write_onnx
@@ -334,6 +349,9 @@ class _Session:
             self.checkpoints = Checkpoints(folder / "stages", self.keys())
             progress.say("measuring the original")
             self.before = evaluate(self.original, self.task, "valid", "evaluate the original")
+            self.remarks = examine(self.template, self.inputs)
+            for remark in self.remarks:
+                progress.say(f"note: {remark}")
             if self.strict and self.guards and self.before.per_sample is None:
                 raise BadOption(f"strict needs an interval, and {self.before.name} has none: give it per_sample=...")
             self.base = self._figures(self.original, raw_bytes(self.original))
@@ -444,6 +462,7 @@ class _Session:
         for name, limits in (("until", self.limits), ("guard", self.guards)):
             found |= {name: ", ".join(limit.text for limit in limits)} if limits else {}
         found |= {"strict": True} if self.strict else {}
+        found |= {"without_class": True} if self.without_class else {}
         found |= {"seed": self.seed, "threads": torch.get_num_threads()}
         found |= {name: False for name, held in (("measure", self.measure), ("onnx", self.write_onnx)) if not held}
         return {"recipe": found, "needs": ["model", "task", *(["student"] if self.student else [])], "why": ""}
@@ -516,7 +535,7 @@ class _Session:
         accepted = None if nearest is None else state.stages[nearest]
         final = bake(self._model(state, nearest)).eval()
         split = "test" if self.task.test is not None and self.task.evaluate is None else "valid"
-        report = {**self.header(), **self._verdict(state.stages, accepted), "split": split}
+        report = {**self.header(), **self._verdict(state.stages, accepted), "split": split, "remarks": self.remarks}
         valid = self.before.value if accepted is None else accepted["metric"]
         report["valid"] = valid
         fresh = folder / FRESH

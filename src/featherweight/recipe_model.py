@@ -69,6 +69,9 @@ class Settings(_Keys):
     threads: Count | None = Field(None, description="threads of PyTorch; the bytes of a result depend on it")
     measure: bool = Field(True, description="count cost and bytes and time latency; otherwise only the metric")
     onnx: bool = Field(True, description="write and check the ONNX file")
+    without_class: bool = Field(
+        False, description="compress the network's graph in place of its class, whose code may not follow a removal"
+    )
     out: File | None = Field(None, description="folder for model.fw, model.onnx, report.json and the checkpoints")
     resume: bool = Field(False, description="go on from the last finished method of this run")
     tracker: Name | Annotated[list[Name], MinLen(1)] | None = Field(

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from featherweight.core.double import Double
 from featherweight.core.labels import Flow, Literal, compact, components, flow_labels
-from featherweight.core.ledger import skip
+from featherweight.core.ledger import note, skip
 from featherweight.core.task import as_call, device_of, eval_mode, to_device
 from featherweight.core.trace import interpret, operator_name, owner, placed, trace, weight_tensors
 from featherweight.core.wired import Slot, Wired
@@ -274,6 +274,8 @@ def channel_groups(model: nn.Module, example_inputs: Any) -> Channels:
     channels = _probed(model, _numbered(flow, _pins(flow), program, example_inputs))
     for path, reason in channels.pinned.items():
         skip(path, f"outputs that cannot be removed: {reason}")
+    if any("the model's code does not follow" in reason for reason in channels.pinned.values()):
+        note("more channels could go without the model's class: pass without_class=True, or wire(model) first")
     return channels
 
 
