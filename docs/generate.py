@@ -1,4 +1,7 @@
-"""Writes the generated pages: `methods.md` from the catalogue, `results.md` from the results of the benchmarks."""
+"""Writes the generated pages: `methods.md` from the catalogue, `results.md` from the results of the benchmarks.
+
+Also the keys and the example in `recipes.md`, and the JSON schema of recipes.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from featherweight.catalogue import entries
+from featherweight import allowed, recipe_model
+from featherweight.catalogue import Option, entries
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "benchmarks" / "results"
@@ -18,6 +22,25 @@ def table(head: list[str], rows: list[list[Any]]) -> list[str]:
     return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
 
 
+def told_of(option: Option) -> str:
+    """What an option may be, in words."""
+    return allowed.told(allowed.schema(option.hint))
+
+
+def recipes(page: str) -> str:
+    """The page about recipes with its keys and its example as they are now."""
+    rows = []
+    for key, field in recipe_model.Recipe.model_fields.items():
+        default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+        rows.append([f"`{key}`", default, field.description])
+    example = (HERE.parent / "examples" / "lenet5.yaml").read_text()
+    parts = {"keys": "\n".join(table(["key", "default", "meaning"], rows)), "example": f"```yaml\n{example}```"}
+    for name, text in parts.items():
+        before, rest = page.split(f"<!-- {name} -->")
+        page = f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->" + rest.split(f"<!-- /{name} -->")[1]
+    return page
+
+
 def methods() -> str:
     """Every id with its facts and options."""
     lines = ["# Methods", "", "Generated from the catalogue by `make docs`.", ""]
@@ -27,8 +50,8 @@ def methods() -> str:
         rows.append([f"`{row['id']}`", row["family"], row["kind"], needs, shrinks, row["summary"], row["paper"]])
     lines += table(["id", "family", "kind", "needs", "makes smaller", "what it does", "paper"], rows)
     for entry in entries("method").values():
-        options = [[f"`{o.name}`", f"`{o.default}`", o.meaning] for o in entry.options()]
-        lines += ["", f"## {entry.id}", "", *table(["option", "default", "meaning"], options)]
+        options = [[f"`{o.name}`", f"`{o.default}`", told_of(o), o.meaning] for o in entry.options()]
+        lines += ["", f"## {entry.id}", "", *table(["option", "default", "allowed", "meaning"], options)]
     return "\n".join(lines) + "\n"
 
 
@@ -83,3 +106,5 @@ def results() -> str:
 if __name__ == "__main__":
     (HERE / "methods.md").write_text(methods())
     (HERE / "results.md").write_text(results())
+    (HERE / "recipes.md").write_text(recipes((HERE / "recipes.md").read_text()))
+    (HERE / "recipe.schema.json").write_text(json.dumps(recipe_model.schema(), indent=1) + "\n")

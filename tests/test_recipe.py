@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import random
 import time
 from pathlib import Path
 from typing import get_args
@@ -22,7 +23,8 @@ from featherweight.running import load
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.yaml"))
 MASKS = {"method": "magnitude_iterative", "options": {"sparsity": 0.8, "rounds": 1, "epochs": 0, "finetune": 0}}
-TINY = {"model": "lenet300", "data": "mnist5k:limit=128", "train": 1, "measure": False, "onnx": False}
+OWN = f"{Path(__file__).parent / 'conftest.py'}:"
+TINY = {"model": OWN + "small_mlp", "data": OWN + "small_task", "train": 1, "measure": False, "onnx": False}
 
 
 def loaded(folder: Path, text: str) -> Recipe:
@@ -190,6 +192,23 @@ def test_texts_that_are_too_deep_or_too_long(tmp_path, text, said):
     assert said in problems(tmp_path, text)[0]
 
 
+def test_whatever_a_text_holds_it_is_read_or_refused_in_our_words(tmp_path):
+    """Characters of the examples deleted, doubled and exchanged for others: a recipe, or an error with its place."""
+    chance, refused = random.Random(0), 0
+    for path in EXAMPLES:
+        text = path.read_text()
+        for _ in range(150):
+            letters = list(text)
+            for _ in range(chance.randint(1, 4)):
+                at = chance.randrange(len(letters))
+                letters[at] = chance.choice(["", letters[at] * 2, *"\n\t :-[]{}&*!'\"#,<|>%@\0é0", "- ", ": "])
+            try:
+                loaded(tmp_path, "".join(letters))
+            except FeatherweightError:
+                refused += 1
+    assert 50 < refused < 300
+
+
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "latin").write_bytes(b"model: \xe9")
     for name, said in (("absent.yaml", "No such file"), ("", "directory"), ("latin", "not UTF-8")):
@@ -225,6 +244,11 @@ def validator() -> jsonschema.Draft202012Validator:
     found = json.loads(CliRunner().invoke(app, ["schema"]).output)
     jsonschema.Draft202012Validator.check_schema(found)
     return jsonschema.Draft202012Validator(found)
+
+
+def test_the_schema_that_editors_are_given_is_this_one(validator):
+    given = Path(__file__).parent.parent / "docs" / "recipe.schema.json"
+    assert json.loads(given.read_text()) == validator.schema, "run `make docs`"
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
@@ -357,10 +381,21 @@ def test_functions_of_the_users_own_stand_in_recipes(tmp_path):
 
 
 def test_a_student_and_a_teacher_by_name(tmp_path):
-    words = {**TINY, "data": "mnist5k:limit=64", "train": 0, "teacher": "lenet5", "student": "lenet300"}
-    result = fw.run({**words, "model": "lenet5", "chain": [{"method": "kd", "options": {"epochs": 1}}]}, out=tmp_path)
+    words = {**TINY, "data": "mnist5k:limit=64", "teacher": "lenet5", "student": "lenet300"}
+    result = fw.run(
+        {**words, "model": "lenet5", "train": 0, "chain": [{"method": "kd", "options": {"epochs": 1}}]}, out=tmp_path
+    )
     assert type(result.model).__name__ == type(fw.zoo.build("lenet300")).__name__
     assert result.report["reproduce"]["recipe"]["teacher"] == "lenet5"
+
+
+def test_a_file_is_a_network(tmp_path):
+    """What was compressed is compressed further, from the file alone."""
+    first = fw.run({**TINY, "chain": [MASKS]}, out=tmp_path / "a")
+    again = {**TINY, "model": str(tmp_path / "a" / "model.fw"), "train": None, "chain": ["int8"]}
+    second = fw.run(again, out=tmp_path / "b")
+    assert second.report["original"]["metric"] == first.report["result"]["metric"]
+    assert fw.load(tmp_path / "b" / "model.fw")
 
 
 def test_weights_and_training_are_for_networks_that_are_named():
@@ -374,7 +409,7 @@ def test_the_command_line(tmp_path):
     for words in (
         ["run", str(path), "--seed", "7", "--out", str(out), "-q"],
         ["verify", str(out), "-q"],
-        ["compress", "lenet300", *_flags(tmp_path / "b"), "--seed", "7", "-q"],
+        ["compress", TINY["model"], *_flags(tmp_path / "b"), "--seed", "7", "-q"],
     ):
         done = CliRunner().invoke(app, words)
         assert done.exit_code == 0, done.output
@@ -446,6 +481,12 @@ def test_options_that_do_not_go_together_are_refused_before_any_work():
     ):
         with pytest.raises(BadOption, match=said):
             pipeline.check(small_mlp(), small_task(), "magnitude_iterative", **options)
+
+
+@pytest.mark.parametrize(("option", "whose"), [("hint", "teacher"), ("guided", "student")])
+def test_layers_of_teacher_and_student_are_looked_up_before_any_work(option, whose):
+    with pytest.raises(UnknownName, match=f"unknown layer of the {whose} '9'"):
+        pipeline.check(small_mlp(), small_task(), "fitnets", **{option: "9"})
 
 
 def test_layers_behind_a_method_that_changes_them_are_looked_up_when_their_method_starts():

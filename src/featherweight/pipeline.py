@@ -201,7 +201,7 @@ def check(
     chain = _chain(method, options)
     for network in (model, student) if student is not None else (model,):
         _check(network, task, chain)
-    _check_layers(model if student is None else student, chain)
+    _check_layers(model if student is None else student, task.teacher or model, chain)
     return chain
 
 
@@ -263,11 +263,11 @@ def _check(model: nn.Module, task: Task, chain: list[tuple[Entry, dict[str, Any]
             _probe(probe, task, first(batches, name), name)
 
 
-def _check_layers(model: nn.Module, chain: list[tuple[Entry, dict[str, Any]]]) -> None:
+def _check_layers(model: nn.Module, teacher: nn.Module, chain: list[tuple[Entry, dict[str, Any]]]) -> None:
     """Refuses layer patterns that match nothing, as far as it can be known: an earlier method may change the layers."""
     for index, (entry, given) in enumerate(chain):
         with within("chain", index, "options"):
-            find_layers(model, allowed.hints(entry.function), {**entry.defaults, **given})
+            find_layers(model, teacher, allowed.hints(entry.function), {**entry.defaults, **given})
         if entry.family == "user" or "factors" in entry.shrinks:
             if later := ", ".join(one.id for one, _ in chain[index + 1 :]):
                 progress.say(f"{entry.id} may change layers: those that {later} works on are looked up when it starts")

@@ -17,7 +17,7 @@ from featherweight.allowed import Count, told
 from featherweight.core.tracking import Name
 from featherweight.errors import BadOption, FeatherweightError, unknown
 
-NETWORK = "zoo name (lenet5, resnet:depth=20,width=0.5), file.py:function or package.module:function"
+NETWORK = "zoo name (lenet5, resnet:depth=20,width=0.5), file.py:function, package.module:function or a .fw file"
 File = Annotated[str, BeforeValidator(lambda given: os.fspath(given) if isinstance(given, os.PathLike) else given)]
 FUNCTION = r"^.+:[A-Za-z_]\w*$"  # of a method: file.py:function or package.module:function
 EPHEMERAL = {"out", "resume", "tracker", "tracker_dir"}  # what a result does not depend on

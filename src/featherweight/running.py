@@ -171,7 +171,7 @@ def _step(index: int, step: Step) -> Any:
 
 def _train(model: nn.Module, asked: Recipe, task: Task, out: Path | None) -> None:
     """Trains a network that has no weights; they are kept beside the results, to resume and to verify."""
-    untrained = asked.weights is None and not sources.is_function(asked.model)
+    untrained = asked.weights is None and not sources.is_trained(asked.model)
     epochs = asked.train if asked.train is not None else TRAIN_EPOCHS if untrained else 0
     kept = None if out is None else out / "original.safetensors"
     if epochs == 0:

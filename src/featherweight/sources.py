@@ -13,19 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from featherweight import zoo
+from featherweight import coding, zoo
 from featherweight.core.task import Task
 from featherweight.errors import BadData, FeatherweightError, UnknownName
 from featherweight.zoo.networks import parse_options
 
 
 def network(spec: str) -> nn.Module:
-    """The network of a zoo name (`lenet5`, `resnet:depth=20,width=0.5`) or of a function that returns one.
+    """The network of a zoo name (`lenet5`, `resnet:depth=20,width=0.5`), of a function that returns one, or of a file.
 
     Raises:
         UnknownName: there is no such network, file or function.
         BadData: the function returns something else.
+        FormatError: the .fw file is damaged, or holds no graph.
     """
+    if spec.endswith(".fw"):
+        return coding.load(spec)
     if not is_function(spec):
         return zoo.build(spec)
     made = _called(spec)
@@ -121,6 +124,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(held, dict) or not all(isinstance(v, Tensor) for v in held.values()):
         raise BadData(f"{path} holds no state dict: save model.state_dict()")
     return held
+
+
+def is_trained(spec: str) -> bool:
+    """Whether a network of this word may come with weights of its own: from a file or from the user's function."""
+    return spec.endswith(".fw") or is_function(spec)
 
 
 def is_function(spec: str) -> bool:

@@ -8,10 +8,11 @@ from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
+from featherweight.allowed import alternatives
 from featherweight.core.forms import foreign
 from featherweight.core.ledger import skip
 from featherweight.errors import BadOption, unknown, within
@@ -40,6 +41,13 @@ class Layers:
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
         patterns = {"type": "array", "items": {"type": "string"}, "minItems": 1}
         return {"anyOf": [{"type": "string"}, patterns, {"type": "null"}]}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Marks an option that names one layer, of the network that is compressed or of its teacher."""
+
+    of: Literal["student", "teacher"]
 
 
 WhereWeighted = Annotated[Where, Layers(WEIGHTED)]
@@ -97,14 +105,19 @@ def patterns(where: Where, options: Mapping[str, Any]) -> Where:
     return where
 
 
-def find_layers(model: nn.Module, hints: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Refuses layer patterns that match nothing, for the option that `hints` mark with `Layers`.
+def find_layers(model: nn.Module, teacher: nn.Module, hints: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Refuses layers that are not there, for the options that `hints` mark with `Layers` or `Layer`.
 
     Raises:
-        UnknownName: a pattern matches nothing.
+        UnknownName: a pattern matches nothing, or a network has no such layer.
         BadOption: there is no layer to work on, or two options name the layers.
     """
     for name, hint in hints.items():
+        for mark in (m for one in alternatives(hint) for m in getattr(one, "__metadata__", ()) if isinstance(m, Layer)):
+            known = [path for path, _ in (model if mark.of == "student" else teacher).named_modules() if path]
+            if options.get(name) is not None and options[name] not in known:
+                with within(name):
+                    raise unknown(f"layer of the {mark.of}", str(options[name]), known)
         for types in (mark.types for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Layers)):
             named = next((key for key, value in options.items() if isinstance(value, Mapping)), name)
             with within(named):

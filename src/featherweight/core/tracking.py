@@ -86,7 +86,8 @@ def tracking(
         yield
     finally:
         _open.reset(token)
-        accelerator.end_training()
+        for one in accelerator.trackers:  # not end_training, which would also end the group of processes
+            one.finish()
 
 
 def record(values: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
@@ -11,6 +11,7 @@ from featherweight.allowed import Amount, Positive
 from featherweight.catalogue import recipe
 from featherweight.core.fit import Optimizers
 from featherweight.core.ledger import note
+from featherweight.core.surgery import Layer
 from featherweight.core.task import Batch, Task, device_of, eval_mode, first, run, to_device
 from featherweight.distill import below, distill, tapped, teacher_of
 from featherweight.errors import BadOption, unknown
@@ -28,8 +29,8 @@ def fitnets(
     model: nn.Module,
     task: Task,
     *,
-    hint: str | None = None,
-    guided: str | None = None,
+    hint: Annotated[str, Layer("teacher")] | None = None,
+    guided: Annotated[str, Layer("student")] | None = None,
     hint_epochs: Amount = 5,
     hint_lr: Positive = 1e-3,
     temperature: Positive = 3.0,
