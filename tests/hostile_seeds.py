@@ -1,0 +1,52 @@
+"""Honest files that are damaged in the tests and benchmarks: every coder, layout, rule and part of the description."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from featherweight.coding import save
+from golden_models import GOLDEN_FILES, fresh
+from test_coding import Net, Tied, compressed
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@dataclass(frozen=True)
+class Seed:
+    """An honest file, and a function that makes a model into which it can be loaded."""
+
+    name: str
+    data: bytes
+    fresh: Callable[[], nn.Module] | None
+
+
+def tied() -> nn.Module:
+    torch.manual_seed(0)
+    model = Tied()
+    model.head.weight = model.second.weight = model.first.weight
+    return model
+
+
+@cache
+def seeds() -> tuple[Seed, ...]:
+    """The golden files, and compressed networks under every coder, full and bare."""
+    found = [
+        Seed(name, (GOLDEN / f"{name}.fw").read_bytes(), lambda name=name: fresh(name)) for name in GOLDEN_FILES
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.fw"
+        for coder in ("huffman", "range", "ans", "sparse_index"):
+            for bare in (False, True):
+                save(compressed(), path, bare=bare, coder=coder)
+                found.append(Seed(f"compressed {coder}{' bare' * bare}", path.read_bytes(), Net))
+        for bare in (False, True):
+            save(tied(), path, bare=bare)
+            found.append(Seed(f"tied{' bare' * bare}", path.read_bytes(), tied))
+    return tuple(found)
