@@ -4,8 +4,8 @@
 
 Each file is opened in every way inside a worker process, under a watch of processor time and memory. It passes if it
 gives a sound model or one sentence of ours, within 2 s and 500 MB. Anything else is a finding: the file is kept in
-`runs/hostile/`, with its number (`--only NUMBER` opens it again). A run that was stopped goes on where it was. Figures go
-to `results/hostile.json`.
+`runs/hostile/`, with its number (`--only NUMBER` opens it again). A run that was stopped goes on where it was. Figures
+go to `results/hostile.json`.
 """
 
 from __future__ import annotations
@@ -117,6 +117,11 @@ class Workers:
                 if self.process is None:
                     break
 
+    def stop(self) -> None:
+        if self.process is not None:
+            self.pipe.send(None)
+            self.process.join()
+
     def _next(self, number: int) -> dict[str, Any]:
         try:
             if self.pipe.poll(PATIENCE):
@@ -163,7 +168,14 @@ def main() -> None:
 
 def run(told: argparse.Namespace) -> None:
     zero = {"cases": 0, "signed": 0, "a model": 0, "findings": 0, "slowest_seconds": 0.0, "largest_growth_mb": 0}
-    state: dict[str, Any] = {"seed": told.seed, "next": told.start, "seconds": 0.0, **zero, "answers": {}, "mutations": {}}
+    state: dict[str, Any] = {
+        "seed": told.seed,
+        "next": told.start,
+        "seconds": 0.0,
+        **zero,
+        "answers": {},
+        "mutations": {},
+    }
     if told.out.exists():
         state = json.loads(told.out.read_text())
         if state["seed"] != told.seed or state["next"] < told.start:
@@ -181,6 +193,7 @@ def run(told: argparse.Namespace) -> None:
         state["files_per_second"] = round(state["cases"] / state["seconds"], 1)
         told.out.write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")
         print(f"{stop} cases, {state['findings']} findings, {state['files_per_second']} files/s", flush=True)
+    workers.stop()
     for kind, count in kinds.most_common():
         print(f"{count:6} {kind}")
 

@@ -53,7 +53,7 @@ def declared(model: nn.Module, name: str, codes: Codes, weight: Tensor | None = 
 
 
 def rules() -> nn.Module:
-    """Declared codes under every rule: axes, zero points of both kinds, all types of integers, signs, sparse streams."""
+    """Declared codes under every rule: axes, zero points of both kinds, types of integers, signs, sparse streams."""
     model = nn.Module()
     few = noise(600, 16)
     sparse = torch.where(noise(600, 9) == 0, few - 8, 0)
@@ -68,7 +68,10 @@ def rules() -> nn.Module:
         "long": (noise(40, 7), Affine(torch.tensor(0.5, dtype=torch.float64), torch.tensor(1.5, dtype=torch.float64))),
         "half_floats": (few.to(torch.int8).view(20, 30), Affine(torch.tensor(0.125).half(), torch.tensor(8))),
         "sparse": (sparse.to(torch.int8).view(20, 30), Affine(torch.tensor(0.75), torch.tensor(0))),
-        "half_zeros": (torch.where(noise(600, 5) < 3, 0, few).to(torch.int8), Affine(torch.tensor(0.5), torch.tensor(0))),
+        "half_zeros": (
+            torch.where(noise(600, 5) < 3, 0, few).to(torch.int8),
+            Affine(torch.tensor(0.5), torch.tensor(0)),
+        ),
         "alone": (torch.full((5, 3), 9, dtype=torch.uint8), Affine(torch.tensor(2.0), torch.tensor(8))),
     }
     for name, (symbols, rule) in grids.items():
@@ -161,11 +164,13 @@ def network() -> nn.Module:
         "norm": {"num_features": 5},
     }
     model.head.weight = model.embed.weight
-    codes = Codes((noise(45, 3)).to(torch.int8).view(5, 1, 3, 3), Affine(torch.arange(1, 6) / 8, torch.tensor(1), 0), (5, 1, 3, 3))
+    codes = Codes(
+        (noise(45, 3)).to(torch.int8).view(5, 1, 3, 3), Affine(torch.arange(1, 6) / 8, torch.tensor(1), 0), (5, 1, 3, 3)
+    )
     model.first.weight.data.copy_(codes.decode())
     declare_codes(model.first, "weight", codes)
     attach(model.first, ActivationGrid(0.25, 3), "input")
-    attach(model.norm, ActivationGrid(0.5, 128, -128, 127), "output")
+    attach(model.norm, ActivationGrid(0.5, 12, -128, 127), "output")
     attach(model.head, DoReFaGradient(4), "grad")
     model.norm.weight.requires_grad_(False)
     return model.eval()

@@ -37,9 +37,7 @@ def tied() -> nn.Module:
 @cache
 def seeds() -> tuple[Seed, ...]:
     """The golden files, and compressed networks under every coder, full and bare."""
-    found = [
-        Seed(name, (GOLDEN / f"{name}.fw").read_bytes(), lambda name=name: fresh(name)) for name in GOLDEN_FILES
-    ]
+    found = [Seed(name, (GOLDEN / f"{name}.fw").read_bytes(), lambda name=name: fresh(name)) for name in GOLDEN_FILES]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.fw"
         for coder in ("huffman", "range", "ans", "sparse_index"):

@@ -16,7 +16,7 @@ from featherweight.coding.restoring import slots
 from featherweight.coding.unpacking import allowance
 from featherweight.errors import FeatherweightError
 
-LONGEST = 600  # characters of a sentence
+LONGEST = 1500  # characters of a sentence
 SECONDS = 2.0
 BYTES = 500 << 20
 VAGUE = "what it describes fits no model"
@@ -28,7 +28,7 @@ class Outcome:
 
     answers: list[tuple[str, str, str]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the slowest way
     grown: int = 0
 
     @property
@@ -55,7 +55,7 @@ def opened(path: Path, fresh: Callable[[], nn.Module] | None, baseline: int | No
     outcome = Outcome()
     size = path.stat().st_size
     forget_peak()
-    before, start = status("VmRSS") if baseline is None else baseline, time.process_time()
+    before = status("VmRSS") if baseline is None else baseline
     ways: dict[str, Callable[[], Any]] = {
         "unpack": lambda: _bounded(unpack(path).values(), size),
         "codes": lambda: unpack_codes(path),
@@ -65,8 +65,9 @@ def opened(path: Path, fresh: Callable[[], nn.Module] | None, baseline: int | No
     if fresh is not None:
         ways["into"] = lambda: _sound(load(path, into=fresh()), path)
     for way, call in ways.items():
+        start = time.process_time()
         _answer(outcome, way, call)
-    outcome.seconds = time.process_time() - start
+        outcome.seconds = max(outcome.seconds, time.process_time() - start)
     outcome.grown = status("VmHWM") - before
     if outcome.seconds > SECONDS:
         outcome.wrong.append(f"took {outcome.seconds:.1f} s")
@@ -140,4 +141,3 @@ def _sound(model: nn.Module, path: Path) -> None:
         return
     if not {place.name for place in places} <= unpack(again, limit=1 << 40).keys():
         raise Unsound("the model does not come back under its names")
-

@@ -44,7 +44,7 @@ from featherweight.core.forms import (
 )
 from featherweight.core.surgery import swap
 from featherweight.errors import BadData, BadOption, FeatherweightError, FormatError, UnknownName
-from golden_models import GOLDEN_FILES, fresh, golden_model
+from golden_models import GOLDEN_FILES, fresh
 from independent_reader import read_bare
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -254,6 +254,14 @@ def test_declared_codes_come_back_with_their_weight(name: str, coder: str | None
     assert same_bits(unpack(tmp_path / "a.fw")["weight"], codes.decode())
     if not isinstance(codes.rule, Table):
         assert found.symbols.tolist() == codes.symbols.tolist()
+
+
+def test_bytes_do_not_wrap_around_their_zero_point() -> None:
+    symbols = torch.tensor([0, 128, 255], dtype=torch.uint8)
+    for zero in (torch.tensor(128), torch.tensor(128, dtype=torch.uint8), torch.tensor([128])):
+        codes = Codes(symbols, Affine(torch.tensor(0.5), zero), (3,))
+        assert codes.decode().tolist() == [-64.0, 0.0, 63.5]
+        assert unpack_tensor(pack_tensor(codes.decode(), codes)).tolist() == [-64.0, 0.0, 63.5]
 
 
 def test_int8_takes_a_quarter_and_the_values_alone_would_take_more() -> None:

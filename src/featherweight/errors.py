@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from typing import Any
 
 
 class FeatherweightError(Exception):
@@ -76,7 +77,7 @@ def unknown(kind: str, given: str, known: Iterable[str], hint: str = "") -> Unkn
     >>> str(unknown("method", "magnitud", ["magnitude", "fpgm"]))
     "unknown method 'magnitud': did you mean 'magnitude'?"
     """
-    names = sorted(known)
+    names, given = sorted(known), given if len(given) <= 80 and given.isprintable() else f"{given[:80]!a}..."
     near = get_close_matches(given, names, n=3, cutoff=0.5)
     if near:
         advice = "did you mean " + " or ".join(repr(n) for n in near) + "?"
@@ -86,3 +87,15 @@ def unknown(kind: str, given: str, known: Iterable[str], hint: str = "") -> Unkn
     else:
         advice = "there is none to choose from"
     return UnknownName(f"unknown {kind} {given!r}: {advice}" + (f" ({hint})" if hint else ""))
+
+
+def shown(value: Any) -> str:
+    """A value from a file in a sentence: short, and without anything that a terminal would obey.
+
+    >>> shown("a" * 100)
+    "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa..."
+    """
+    if isinstance(value, (dict, list)):
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
+    text = ascii(value[:60] if isinstance(value, str) else value)
+    return text if len(text) <= 41 else f"{text[:38]}..."

@@ -35,6 +35,7 @@ from featherweight.errors import BadData, FeatherweightError, FormatError
 MAGIC = b"FW"
 VERSION = 1
 BARE = 0x80  # in the byte of the version: no names, no provenance, one checksum at the end
+BARE_PARTS = ("swaps", "edits", "kept", "activations", "wiring")  # all that a bare file says of its model
 TIE = 0x1F  # first byte of a record that repeats an earlier tensor of a bare file
 
 
@@ -68,8 +69,7 @@ class Contents:
         """A name for each record: that of the state dict, of a form's tensor, or its number in a bare file."""
         if self.bare:
             return [str(i) for i in range(len(self.records))]
-        known = [*self.manifest["names"], *form_tensor_names(self.manifest["activations"]), *self.manifest["hidden"]]
-        return known[: len(self.records)] + [f"#{i}" for i in range(len(known), len(self.records))]
+        return [*self.manifest["names"], *form_tensor_names(self.manifest["activations"]), *self.manifest["hidden"]]
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -269,14 +269,14 @@ def load(path: str | Path, into: nn.Module | None = None, *, limit: int | None =
 
     Args:
         into: an instance of the class that was compressed, made with the same options.
-        limit: bytes of tensors that the file may describe; 16 MiB, 1024 times its size and twice the size of `into`
-            unless said.
+        limit: bytes of tensors that the file may describe; 16 MiB, 256 times its size and four times the size of
+            `into` unless said.
 
     Raises:
         FormatError: the file is truncated, corrupt, newer or not a .fw file, or holds no graph and `into` is missing.
         BadData: `into` is of another class or configuration than the model in the file.
     """
-    own = 0 if into is None else sum(2 * p.tensor.numel() * max(p.tensor.element_size(), 4) for p in slots(into))
+    own = 0 if into is None else sum(4 * p.tensor.numel() * max(p.tensor.element_size(), 4) for p in slots(into))
     contents = read(path, limit, own)
     with reading(path):
         if into is None:
@@ -288,9 +288,6 @@ def _without_class(contents: Contents) -> nn.Module:
     if not contents.manifest["wiring"]:
         why = "it is a bare file" if contents.bare else "it was written without the model's graph"
         raise FormatError(f"the file needs the model's class, since {why}: pass into=, a fresh model of that class")
-    names = contents.manifest["names"]
-    if len(names) + len(contents.manifest["hidden"]) > len(contents.records):
-        raise FormatError("the file is truncated: it names more tensors than it has")
     tensors = {name: packed.tensor for name, packed in _records(contents).items()}
     wired = wired_from(contents.manifest["wiring"], {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()})
     fill(wired, {**contents.manifest, "swaps": {}, "edits": {}, "kept": [], "wiring": {}}, contents.records, False)
@@ -411,8 +408,13 @@ def parse(data: bytes, limit: int) -> Contents:
     packed = reader.take(reader.varint())
     if not bare:
         _check(reader, 0)
-    manifest = checked(unpack_manifest(packed))
+    told = unpack_manifest(packed)
+    manifest = checked({key: value for key, value in told.items() if key in BARE_PARTS} if bare else told)
     records = _bare_records(reader) if bare else _blocks(reader)
+    forms = len(form_tensor_names(manifest["activations"]))
+    wanted = len(manifest["names"]) + forms + len(manifest["hidden"])
+    if len(records) < forms or (not bare and len(records) != wanted):
+        raise FormatError(f"the file is truncated or corrupt: it describes {wanted} tensors and has {len(records)}")
     return Contents(bare, manifest, len(packed), records)
 
 

@@ -25,6 +25,7 @@ from featherweight.coding.records import (
     account,
     bytes_of,
     counted,
+    counts,
     grid_fits,
     patterns_of,
     same_bits,
@@ -125,7 +126,10 @@ def _planes(tensor: Tensor, coders: tuple[int, ...]) -> Stored | None:
     planes = list(byte_planes(tensor))
     head = _head(tensor, PLANES)
     data = head + b"".join(pack_symbols(plane, 256, coders) for plane in planes)
-    return Stored(data, counted(account(_of(tensor), PLANES, "per byte", len(data), len(head)), planes, 256))
+    return Stored(
+        data,
+        counted(account(_of(tensor), PLANES, "per byte", len(data), len(head)), [counts(p, 256) for p in planes], 256),
+    )
 
 
 def byte_planes(tensor: Tensor) -> Ints:
@@ -170,7 +174,7 @@ def _finish(
     stream = pack_symbols(symbols, size, coders)
     total = len(side) + len(stream) + len(tail)
     row = account(_of(tensor), layout, described(stream, size), total, len(side) + len(tail))
-    return Stored(side + stream + tail, counted(row, [symbols], size))
+    return Stored(side + stream + tail, counted(row, [counts(symbols, size)], size))
 
 
 def _affine(tensor: Tensor, symbols: Tensor, rule: Affine, decoded: Tensor, coders: tuple[int, ...]) -> Stored | None:

@@ -42,6 +42,7 @@ ZEROS = 15  # storage of a raw tensor: every bit is zero, nothing follows
 # plus one; 0 is the tensor's own type.
 NARROWER = (torch.bfloat16, torch.float16, torch.float32, torch.uint8, torch.int8, torch.int16, torch.int32)
 SYMBOLS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # the types that an integer grid may have
 PATTERNS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -88,13 +89,13 @@ def account(head: tuple[tuple[int, ...], torch.dtype], layout: int, coder: str, 
 
 
 def counted(row: Row, streams: list[Ints], size: int) -> Row:
-    """The row of a tensor that is stored as streams of symbols below `size`."""
-    packed = sum(len(symbols) for symbols in streams) * width_of(size)
-    bound = sum(entropy_bits(_counts(symbols, size)) for symbols in streams)
-    return replace(row, packed_bits=packed, entropy_bits=bound)
+    """The row of a tensor that is stored as streams of symbols below `size`, given the `counts` of each."""
+    packed = sum(int(found.sum()) for found in streams) * width_of(size)
+    return replace(row, packed_bits=packed, entropy_bits=sum(entropy_bits(found) for found in streams))
 
 
-def _counts(symbols: Ints, size: int) -> Ints:
+def counts(symbols: Ints, size: int) -> Ints:
+    """How often the symbols of a stream occur, those that do in any order."""
     if size <= WIDEST:
         return np.bincount(symbols, minlength=1)
     return np.asarray(np.unique(symbols, return_counts=True)[1], dtype=np.int64)
@@ -131,6 +132,7 @@ def grid_fits(head: tuple[tuple[int, ...], torch.dtype], scale: Tensor, zero: Te
     sizes = {1} if axis is None else {1, shape[axis]}
     return (
         scale.dtype == dtype
-        and dtype.is_floating_point
-        and all(t.dim() <= 1 and t.numel() in sizes and not t.is_complex() and t.dtype in DTYPES for t in (scale, zero))
+        and dtype in FLOATS
+        and zero.dtype in (*FLOATS, *SYMBOLS)
+        and all(t.dim() <= 1 and t.numel() in sizes for t in (scale, zero))
     )

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from featherweight.catalogue import entries
 from featherweight.coding.unpacking import Packed
+from featherweight.core.arguments import agrees
 from featherweight.core.blueprint import restructure
 from featherweight.core.forms import ACTIVATIONS, Form, attach, declare_codes, own_modules
-from featherweight.errors import BadData, FormatError, unknown
+from featherweight.errors import BadData, FormatError, shown, unknown
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,16 @@ def fill(model: nn.Module, manifest: dict[str, Any], records: Sequence[Packed | 
     taken: set[int] = set()
     changed = bool(manifest["edits"])
     for place, number in zip(places, sources, strict=True):
+        tensor = records[number].tensor  # type: ignore[union-attr]
+        _check_shape(place, tensor, exact=place.tensor.is_meta or not changed)
         if number not in held:
-            record = records[number]
-            held[number] = _placed(place, record.tensor, device, taken, changed=changed)  # type: ignore[union-attr]
+            held[number] = _placed(place, tensor, device, taken)
             taken.add(id(held[number]))
         _put(place, held[number])
         codes = records[number].codes  # type: ignore[union-attr]
         if codes is not None:
             declare_codes(place.module, place.leaf, codes)
+    _check_edited(model, manifest["edits"])
     _attach_forms(model, manifest["activations"], records, len(places) if bare else len(manifest["names"]))
     if not bare:
         frozen = set(manifest["frozen"])
@@ -89,18 +92,17 @@ def _by_name(places: list[Slot], manifest: dict[str, Any], records: Sequence[Pac
     numbers = {name: i for i, name in enumerate(manifest["names"])}
     numbers |= {name: numbers[owner] for name, owner in manifest["ties"].items()}
     wanted = [place.name for place in places]
+    known = set(wanted)
     for name in wanted:
         if name not in numbers:
             raise BadData(
                 f"the model has a tensor {name}, the file has none: pass the same class and options as were saved"
             )
     for name in numbers:
-        if name not in set(wanted):
+        if name not in known:
             raise BadData(
                 f"the file has a tensor {name}, the model has none: pass the same class and options as were saved"
             )
-    if len(manifest["names"]) > len(records):
-        raise FormatError(f"the file is truncated: it names {len(manifest['names'])} tensors and has {len(records)}")
     return [numbers[name] for name in wanted]
 
 
@@ -117,16 +119,22 @@ def _by_order(places: list[Slot], manifest: dict[str, Any], records: Sequence[Pa
     return [number if isinstance(record := records[number], Packed) else record for number in range(len(places))]
 
 
-def _placed(place: Slot, tensor: Tensor, device: torch.device, taken: set[int], *, changed: bool) -> Tensor:
-    """The place's own tensor with new contents, or a new one if shape, type or ties differ."""
+def _check_shape(place: Slot, tensor: Tensor, *, exact: bool) -> None:
+    """A layer from the file must fit its own description, and so must every layer if nothing was changed in the model.
+
+    Elsewhere the number of dimensions must agree.
+    """
     old = place.tensor
-    # a layer from the file must fit its own description, and so must every layer if nothing was changed in the model
-    exact = old.is_meta or not changed
     if old.dim() != tensor.dim() or (exact and old.shape != tensor.shape):
         raise BadData(
             f"{place.name} has the shape {tuple(old.shape)} in the model and {tuple(tensor.shape)} in the file: "
             "pass the same class and options as were saved"
         )
+
+
+def _placed(place: Slot, tensor: Tensor, device: torch.device, taken: set[int]) -> Tensor:
+    """The place's own tensor with new contents, or a new one if shape, type or ties differ."""
+    old = place.tensor
     if old.shape == tensor.shape and old.dtype == tensor.dtype and not old.is_meta and id(old) not in taken:
         with torch.no_grad():
             old.copy_(tensor)
@@ -142,6 +150,14 @@ def _put(place: Slot, tensor: Tensor) -> None:
         raise FormatError(f"the file is corrupt: {place.name} is tied to a tensor of another kind")
     if getattr(place.module, place.leaf) is not tensor:
         setattr(place.module, place.leaf, tensor)  # recurrent layers keep lists of their own, which this updates
+
+
+def _check_edited(model: nn.Module, edits: dict[str, dict[str, Any]]) -> None:
+    """What torch's own layers say of their sizes must agree with the tensors that came."""
+    for path in edits:
+        module = model.get_submodule(path)
+        if not agrees(module):
+            raise FormatError(f"the file is corrupt: {path}, {module}, says other sizes than its tensors have")
 
 
 def _attach_forms(model: nn.Module, active: dict[str, Any], records: Sequence[Packed | int], first: int) -> None:
@@ -164,6 +180,9 @@ def _form(spec: dict[str, Any], records: Sequence[Packed | int], first: int) -> 
     for key, index in spec["tensors"].items():
         record = records[first + index]
         if not isinstance(record, Packed):
-            raise FormatError(f"the file is corrupt: the form {spec['type']} refers to a tensor that is a tie")
+            raise FormatError(f"the file is corrupt: the form {shown(spec['type'])} refers to a tensor that is a tie")
         tensors[key] = record.tensor
-    return Form.restored(spec["type"], spec["settings"], tensors)
+    form = Form.restored(spec["type"], spec["settings"], tensors)
+    if reason := form.unsound():
+        raise FormatError(f"the file is corrupt: it describes a {type(form).__name__} {reason}")
+    return form

@@ -17,6 +17,7 @@ from featherweight.errors import FormatError, unknown
 WIDEST = 1 << 16  # symbols that a table of code lengths or frequencies may have
 LARGEST = 1 << 32  # symbols that a stream of fixed width may have
 WIDEST_GAP = 12  # bits that a writer gives a gap; the format allows 32
+SYMBOL = 4  # bytes that a symbol is booked at while a file is read, and the time that it takes with them
 DENSE, GAPS, MASK = 0, 1, 2  # layouts, the low two bits of a stream's first byte
 LAYOUTS = ("dense", "gaps", "bitmask")
 
@@ -170,6 +171,7 @@ def unpack_symbols(reader: Reader, count: int, size: int, depth: int = 0) -> tup
     Raises:
         FormatError: the stream is none that a writer makes.
     """
+    reader.spend(count * SYMBOL)
     head = reader.byte()
     layout, rest = head & 3, head >> 2
     if layout == DENSE and rest < len(CODERS):
@@ -185,10 +187,12 @@ def unpack_symbols(reader: Reader, count: int, size: int, depth: int = 0) -> tup
     if background >= size:
         raise FormatError("the file is corrupt: the background of a sparse tensor lies outside its alphabet")
     if layout == MASK:
-        kept, first = unpack_symbols(reader, count, 2, 1)
+        bits, first = unpack_symbols(reader, count, 2, 1)
+        kept = bits == 1
+        del bits
         values, second = unpack_symbols(reader, int(kept.sum()), size, 1)
         symbols = np.full(count, background, dtype=np.int64)
-        symbols[kept == 1] = values
+        symbols[kept] = values
         return symbols, f"bitmask ({first}, {second})"
     entries = reader.varint()
     if entries > count or rest > 32:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from featherweight.coding.records import (
     AFFINE,
     DECLARED,
     DTYPES,
+    FLOATS,
     NARROWER,
     PATTERNS,
     PLANES,
@@ -26,6 +28,7 @@ from featherweight.coding.records import (
     Row,
     account,
     counted,
+    counts,
     from_bytes,
     grid_fits,
 )
@@ -34,7 +37,8 @@ from featherweight.core.forms import Affine, Codes, Product, Table
 from featherweight.errors import FormatError
 
 FREE = 16 << 20  # bytes that a file may describe, however short it is
-PER_BYTE = 1024  # bytes that each byte of a file may describe beyond that
+PER_BYTE = 256  # bytes that each byte of a file may describe beyond that
+LARGEST_TENSOR = 1 << 48  # elements: what lies beyond cannot be counted safely
 Head = tuple[tuple[int, ...], torch.dtype]
 
 
@@ -54,7 +58,7 @@ class Body:
     tensor: Tensor
     side: int
     coder: str = "none"
-    streams: list[Ints] | None = None
+    streams: list[Ints] | None = None  # of each stream, how often its symbols occur
     size: int = 0
     codes: Codes | None = None
 
@@ -63,7 +67,7 @@ def unpack_tensor(data: bytes, *, limit: int | None = None) -> Tensor:
     """The tensor whose bytes `pack_tensor` made.
 
     Args:
-        limit: bytes that the result may take; 16 MiB and 1024 times the length of the data unless said.
+        limit: bytes that may be allocated; 16 MiB and 256 times the length of the data unless said.
 
     Raises:
         FormatError: the bytes are none that `pack_tensor` makes.
@@ -107,8 +111,8 @@ def _read_head(reader: Reader) -> Head:
     if number >= len(DTYPES) or dims > 32:
         raise FormatError(f"the file is corrupt or newer: a tensor has type {number} and {dims} dimensions")
     shape = tuple(reader.varint() for _ in range(dims))
-    if any(size >= 1 << 40 for size in shape):
-        raise FormatError(f"the file is corrupt: a tensor has the shape {shape}")
+    if prod(max(size, 1) for size in shape) >= LARGEST_TENSOR:  # a size of zero must not hide the others
+        raise FormatError(f"the file is corrupt: a tensor has the shape {shape[:4]}{'...' if dims > 4 else ''}")
     reader.spend(prod(shape) * max(DTYPES[number].itemsize, 4))
     return shape, DTYPES[number]
 
@@ -127,15 +131,20 @@ def _read_raw(reader: Reader, head: Head, kind: int, depth: int) -> Body:
 def _read_planes(reader: Reader, head: Head, kind: int, depth: int) -> Body:
     shape, dtype = head
     size = dtype.itemsize
-    if size not in PATTERNS:
+    if size not in PATTERNS or dtype == torch.bool or dtype.is_complex:
         raise FormatError(f"the file is corrupt: a tensor of type {dtype} is stored in planes of bytes")
-    planes = [unpack_symbols(reader, prod(shape), 256)[0] for _ in range(size)]
-    raw = np.stack(planes, 1).astype(np.uint8).reshape(-1)
+    raw = np.empty((prod(shape), size), dtype=np.uint8)
+    streams = []
+    for place in range(size):
+        plane = unpack_symbols(reader, len(raw), 256)[0]
+        streams.append(counts(plane, 256))
+        raw[:, place] = plane
+    flat = raw.reshape(-1)
     if dtype.is_floating_point:
-        bits = raw.view(PATTERNS[size])
+        bits = flat.view(PATTERNS[size])
         one, rest = bits.dtype.type(1), bits.dtype.type(8 * size - 1)
-        raw = (bits >> one | bits << rest).view(np.uint8)
-    return Body(from_bytes(raw, dtype, shape), 0, "per byte", planes, 256)
+        flat = (bits >> one | bits << rest).view(np.uint8)
+    return Body(from_bytes(flat, dtype, shape), 0, "per byte", streams, 256)
 
 
 def _read_table(reader: Reader, head: Head, kind: int, depth: int) -> Body:
@@ -146,8 +155,17 @@ def _read_table(reader: Reader, head: Head, kind: int, depth: int) -> Body:
         raise FormatError("the file is corrupt: a table of values has another type or shape than its tensor")
     side = reader.position - start
     symbols, coder = unpack_symbols(reader, prod(shape), len(values))
-    codes = Codes(torch.from_numpy(symbols.astype(np.int32)).view(shape), Table(values), shape)
-    return Body(values[torch.from_numpy(symbols)].view(shape), side, coder, [symbols], len(values), codes)
+    streams = [counts(symbols, len(values))]
+    tensor = values[torch.from_numpy(symbols)].view(shape)
+    codes = _declared(kind, symbols.astype(np.int32), shape, Table(values), shape)
+    return Body(tensor, side, coder, streams, len(values), codes)
+
+
+def _declared(
+    kind: int, symbols: Any, seen: tuple[int, ...], rule: Table | Affine | Product, shape: tuple[int, ...]
+) -> Codes | None:
+    """The codes of a record that says that they were declared; `seen` is the shape of the symbols."""
+    return Codes(torch.from_numpy(symbols).view(seen), rule, shape) if kind & DECLARED else None
 
 
 def _read_affine(reader: Reader, head: Head, kind: int, depth: int) -> Body:
@@ -156,16 +174,22 @@ def _read_affine(reader: Reader, head: Head, kind: int, depth: int) -> Body:
     axis = (first & 31) - 1 if first & 31 else None
     low, size = reader.signed(), reader.varint()
     scale, zero = read_tensor(reader, depth + 1).tensor, read_tensor(reader, depth + 1).tensor
-    if first >> 5 >= len(SYMBOLS) or not 0 < size <= LARGEST or not grid_fits(head, scale, zero, axis):
-        raise FormatError("the file is corrupt: the range, scale or zero point of an integer grid is impossible")
+    if not grid_fits(head, scale, zero, axis):
+        raise FormatError("the file is corrupt: a scale or zero point does not fit the tensor of its integer grid")
+    if first >> 5 >= len(SYMBOLS) or not 0 < size <= LARGEST:
+        raise FormatError(f"the file is corrupt: an integer grid has type {first >> 5} and {size} symbols")
     integers = SYMBOLS[first >> 5]
     limits = torch.iinfo(integers)
     if not limits.min <= low <= low + size - 1 <= limits.max:
         raise FormatError(f"the file is corrupt: integers from {low} to {low + size - 1} are no {integers}")
     side = reader.position - start
     symbols, coder = unpack_symbols(reader, prod(shape), size)
-    codes = Codes(torch.from_numpy(symbols + low).to(integers).view(shape), Affine(scale, zero, axis), shape)
-    return _signed(reader, head, kind, Body(codes.decode(), side, coder, [symbols], size, codes))
+    streams = [counts(symbols, size)]
+    symbols += low
+    codes = Codes(torch.from_numpy(symbols).to(integers).view(shape), Affine(scale, zero, axis), shape)
+    del symbols
+    kept = codes if kind & DECLARED else None
+    return _signed(reader, head, kind, Body(codes.decode(), side, coder, streams, size, kept))
 
 
 def _read_product(reader: Reader, head: Head, kind: int, depth: int) -> Body:
@@ -177,8 +201,11 @@ def _read_product(reader: Reader, head: Head, kind: int, depth: int) -> Body:
         raise FormatError("the file is corrupt: product codebooks do not fit their tensor")
     side = reader.position - start
     symbols, coder = unpack_symbols(reader, rows * books.shape[0], books.shape[1])
+    streams = [counts(symbols, books.shape[1])]
     codes = Codes(torch.from_numpy(symbols.astype(np.int32)).view(rows, books.shape[0]), Product(books), shape)
-    return _signed(reader, head, kind, Body(codes.decode(), side, coder, [symbols], books.shape[1], codes))
+    del symbols
+    kept = codes if kind & DECLARED else None
+    return _signed(reader, head, kind, Body(codes.decode(), side, coder, streams, books.shape[1], kept))
 
 
 def _signed(reader: Reader, head: Head, kind: int, body: Body) -> Body:
@@ -186,13 +213,16 @@ def _signed(reader: Reader, head: Head, kind: int, body: Body) -> Body:
     tensor = body.tensor.contiguous()
     if (tuple(tensor.shape), tensor.dtype) != head:
         raise FormatError("the file is corrupt: codes decode to another shape or type than their tensor")
-    if kind & SIGNS:
-        start, zeros = reader.position, tensor == 0
-        negative = unpack_symbols(reader, int(zeros.sum()), 2)[0]
-        signs = torch.from_numpy(1.0 - 2.0 * negative).to(tensor.dtype)
-        tensor[zeros] = torch.copysign(torch.zeros_like(signs), signs)
-        return Body(tensor, body.side + reader.position - start, body.coder, body.streams, body.size, body.codes)
-    return Body(tensor, body.side, body.coder, body.streams, body.size, body.codes)
+    if not kind & SIGNS:
+        return replace(body, tensor=tensor)
+    if tensor.dtype not in FLOATS:
+        raise FormatError(f"the file is corrupt: a tensor of type {tensor.dtype} has signs of zeros")
+    start, zeros = reader.position, tensor == 0
+    negative = unpack_symbols(reader, int(zeros.sum()), 2)[0]
+    signed = torch.zeros(len(negative), dtype=tensor.dtype)
+    signed[torch.from_numpy(negative == 1)] = -0.0
+    tensor[zeros] = signed
+    return replace(body, tensor=tensor, side=body.side + reader.position - start)
 
 
 BODIES = {RAW: _read_raw, PLANES: _read_planes, TABLE: _read_table, AFFINE: _read_affine, PRODUCT: _read_product}

@@ -7,6 +7,7 @@ checkpoints of a chain both stand on it; neither ever evaluates, imports or unpi
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,10 +31,12 @@ from featherweight.core.forms import (
     originals,
     own_modules,
 )
-from featherweight.core.layers import build_layer, layer_spec
+from featherweight.core.layers import build_layer, check_swaps, layer_spec
 from featherweight.core.wire_data import wiring_data, wiring_from
 from featherweight.core.wired import Wired
-from featherweight.errors import BadData, FormatError, unknown
+from featherweight.errors import BadData, unknown
+
+OPAQUE = (Tensor, type, ModuleType)  # whose attributes no file sets
 
 
 def swapped(model: nn.Module) -> dict[str, nn.Module]:
@@ -72,16 +75,14 @@ def restructure(model: nn.Module, plan: dict[str, Any], shapes: dict[str, tuple[
     Raises:
         BadData: the model is of another class or configuration than the one in the file.
     """
+    check_swaps(plan["swaps"])
     built = {path: build_layer(spec) for path, spec in plan["swaps"].items() if "same" not in spec}
     for path, spec in plan["swaps"].items():
         parent, _, name = path.rpartition(".")
         owner = _module(model, parent)
         if name not in owner._modules:
             raise BadData(f"the model has no layer {path}, which the file replaces: pass the same class and options")
-        first = str(spec.get("same", path))
-        if first not in built:
-            raise FormatError(f"the file says that {path} is the layer {first}, which it does not describe")
-        new = built[first]
+        new = built[spec.get("same", path)]
         new._fw_swapped = True  # type: ignore[assignment]
         new.train(owner.training)
         owner._modules[name] = new
@@ -102,15 +103,33 @@ def restructure(model: nn.Module, plan: dict[str, Any], shapes: dict[str, tuple[
 
 
 def _edit(module: nn.Module, path: str, key: str, value: Any) -> None:
-    """Sets a changed attribute, `a.b` through nested plain objects (a config); only numbers that were there before."""
+    """Sets a changed attribute, `a.b` through nested plain objects (a config).
+
+    Only integers and lists of them that were there before, as many as there were: no file reaches into classes,
+    functions, tensors or whole modules of Python.
+    """
     owner: Any = module
     *inner, last = key.split(".")
     for step in inner:
-        owner = getattr(owner, step, None)
-    old = getattr(owner, last, None)
-    if key.startswith("_") or not isinstance(old, (int, tuple, list)) or callable(old):
+        owner = getattr(owner, step, None) if _plain(owner) else None
+    if not _plain(owner) or key.startswith("_") or not _alike(getattr(owner, last, None), value):
         raise BadData(f"the model has no attribute {path}.{key} to set: pass the same class and options as were saved")
-    setattr(owner, last, tuple(value) if isinstance(value, list) else value)
+    try:
+        setattr(owner, last, tuple(value) if isinstance(value, list) else value)
+    except (AttributeError, TypeError, ValueError):  # a property, or a frozen object
+        raise BadData(f"the model does not let {path}.{key} be set: pass the same class and options") from None
+
+
+def _plain(owner: Any) -> bool:
+    """Whether an object is a module of the network or a plain one, such as a config."""
+    return not isinstance(owner, OPAQUE) and (isinstance(owner, nn.Module) or not callable(owner))
+
+
+def _alike(old: Any, new: Any) -> bool:
+    """Whether both are integers, or lists of as many; true and false are no integers."""
+    if isinstance(old, (tuple, list)) and isinstance(new, (tuple, list)):
+        return len(old) == len(new) and all(_alike(a, b) for a, b in zip(old, new, strict=True))
+    return all(isinstance(value, int) and not isinstance(value, bool) for value in (old, new))
 
 
 def _module(model: nn.Module, path: str) -> nn.Module:

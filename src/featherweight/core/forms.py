@@ -17,14 +17,17 @@ from torch.nn.utils import parametrize
 
 from featherweight.catalogue import entries
 from featherweight.core.ledger import note
-from featherweight.errors import BadOption, unknown
+from featherweight.errors import BadOption, FormatError, shown, unknown
 
 # --- the exact integers behind a weight -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Affine:
-    """`weight = (symbol - zero_point) * scale`, one scale and zero point in all or one per index of `axis`."""
+    """`weight = (symbol - zero_point) * scale`, one scale and zero point in all or one per index of `axis`.
+
+    The difference of two integers is exact, whatever their types: in torch, bytes would wrap around.
+    """
 
     scale: Tensor
     zero_point: Tensor
@@ -32,7 +35,9 @@ class Affine:
 
     def decode(self, symbols: Tensor, shape: tuple[int, ...]) -> Tensor:
         scale, zero = along(self.scale, self.axis, len(shape)), along(self.zero_point, self.axis, len(shape))
-        return (symbols.view(shape) - zero).to(self.scale.dtype) * scale
+        whole = not zero.is_floating_point()
+        difference = (symbols.long() if whole else symbols.to(zero.dtype)).view(shape) - zero
+        return difference.to(self.scale.dtype) * scale
 
 
 @dataclass(frozen=True)
@@ -153,12 +158,20 @@ class Form(nn.Module, ABC):
         tensors = {f"p.{k}": v for k, v in self.named_parameters()} | {f"b.{k}": v for k, v in self.named_buffers()}
         return {name: getattr(self, name) for name in self.settings}, tensors
 
+    def unsound(self) -> str:
+        """Why a form that was restored cannot work ("without ...", "whose ..."); empty if it can.
+
+        A form whose numbers come from a file says here what they must be.
+        """
+        return ""
+
     @staticmethod
     def restored(name: str, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Form:
         """The form of which `state` was taken.
 
         Raises:
             UnknownName: no form has this name.
+            FormatError: it has other settings or tensors.
         """
         if name not in Form.known:
             entries()  # an ingredient's form is known once its file was imported
@@ -166,10 +179,14 @@ class Form(nn.Module, ABC):
             raise unknown("form", name, Form.known)
         form: Form = Form.known[name].__new__(Form.known[name])
         nn.Module.__init__(form)
+        if settings.keys() != set(form.settings):
+            raise FormatError(f"a form {name} has the settings {', '.join(form.settings) or 'none'}, given others")
         for key in form.settings:
             setattr(form, key, settings[key])
         for key, tensor in tensors.items():
             kind, _, field = key.partition(".")
+            if hasattr(form, field) or not field.isidentifier():
+                raise FormatError(f"a form {name} cannot have a tensor {shown(field)}")
             if kind == "p":
                 form.register_parameter(field, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
             else:
@@ -191,6 +208,10 @@ class Mask(Form):
         super().__init__()
         self.grad = grad
         self.register_buffer("keep", keep.bool())
+
+    def unsound(self) -> str:
+        whole = self.grad in ("kept", "dense") and self._buffers.keys() == {"keep"} and self.keep.dtype == torch.bool
+        return "" if whole else "whose mask or gradient is missing or of another type"
 
     def forward(self, *free: Tensor, keep: Tensor | None = None) -> Tensor:
         (weight,) = free
@@ -214,6 +235,10 @@ class Codebook(Form):
 
     def free(self, weight: Tensor) -> tuple[Tensor, ...]:
         return (self._start,)
+
+    def unsound(self) -> str:
+        whole = self._buffers.keys() == {"index"} and not self.index.is_floating_point() and not self.index.is_complex()
+        return "" if whole else "without integers as its index"
 
     def forward(self, *free: Tensor, keep: Tensor | None = None) -> Tensor:
         (centroids,) = free

@@ -13,6 +13,11 @@ from featherweight.core.forms import Affine, Codes, Form, along
 SAMPLE = 4096  # values that `Seen` keeps of one call
 
 
+def _whole(value: object, low: int, high: int) -> bool:
+    """Whether a value, of whatever type a file gave it, is an integer in a range."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
 @final
 class SymmetricGrid(Form):
     """`weight = round(w / s) * s` with `s = clip * max|w| / (2^(bits-1) - 1)`, zero always on the grid.
@@ -29,6 +34,13 @@ class SymmetricGrid(Form):
         super().__init__()
         self.bits, self.axis = bits, axis
         self.register_buffer("clip", torch.ones(()) if clip is None else clip.detach().clone())
+
+    def unsound(self) -> str:
+        numbers = (
+            self._buffers.keys() == {"clip"} and self.clip.is_floating_point() and bool(self.clip.isfinite().all())
+        )
+        axis = self.axis is None or _whole(self.axis, 0, 31)
+        return "" if numbers and axis and _whole(self.bits, 1, 32) else "whose bits, axis or clip are impossible"
 
     @property
     def top(self) -> int:
@@ -106,6 +118,16 @@ class ActivationGrid(Form):
         return torch.fake_quantize_per_tensor_affine(
             value.float(), self.scale, self.zero_point, self.low, self.high
         ).to(value.dtype)
+
+    def unsound(self) -> str:
+        if self._buffers.keys() != {"scale", "zero_point"} or self.scale.numel() != 1 or self.zero_point.numel() != 1:
+            return "without one scale and one zero point"
+        types = self.scale.is_floating_point() and not self.zero_point.is_floating_point()
+        if not (types and 0 < float(self.scale) < float("inf")):
+            return "whose scale is not positive, or whose zero point is no integer"
+        limits = all(_whole(value, -(1 << 31), (1 << 31) - 1) for value in (self.low, self.high))
+        inside = limits and self.low <= int(self.zero_point) <= self.high
+        return "" if inside else "whose zero point does not lie between the lowest and the highest integer"
 
     def steps(self) -> Steps:
         """The grid as plain numbers."""

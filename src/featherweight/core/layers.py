@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
+from featherweight.core.arguments import fits
 from featherweight.core.forms import foreign
-from featherweight.errors import FormatError
+from featherweight.errors import FormatError, shown
 
 # The layers that a file may name, with the constructor arguments that their attributes hold.
 CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias", "padding_mode")
@@ -58,6 +59,8 @@ LEAVES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     )
     for t in kinds
 }
+DEEPEST = 8  # Sequentials that may stand inside one another
+MOST = 1 << 14  # layers that a file may describe, those of a layer that stands at several paths counted at each
 TYPES: dict[type[nn.Module], str] = {t: name for name, (t, _) in LEAVES.items()}
 
 
@@ -85,27 +88,65 @@ def _argument(module: nn.Module, key: str) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def build_layer(spec: dict[str, Any], depth: int = 0) -> nn.Module:
+def build_layer(spec: Any, depth: int = 0) -> nn.Module:
     """The module that `layer_spec` describes, with untrained weights.
 
     Raises:
         FormatError: the data describe no layer that a file may name.
     """
-    kind = spec.get("type")
-    if kind == "Sequential" and depth < 8 and isinstance(spec.get("layers"), dict):
-        built = nn.Sequential()
-        for name, inner in spec["layers"].items():
-            built.add_module(str(name), build_layer(inner, depth + 1))
-        return built
-    if kind not in LEAVES or not isinstance(spec.get("args"), dict):
-        raise FormatError(f"the file describes a layer of type {kind!r}, which is none of {', '.join(LEAVES)}")
+    kind = spec.get("type") if isinstance(spec, dict) else None
+    if kind == "Sequential":
+        return _build_sequential(spec.get("layers"), depth)
+    if not isinstance(kind, str) or kind not in LEAVES or not isinstance(spec.get("args"), dict):
+        raise FormatError(f"the file describes a layer of type {shown(kind)}, which is none of {', '.join(LEAVES)}")
     make, names = LEAVES[kind]
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in spec["args"].items()}
-    if set(args) - set(names):
-        raise FormatError(
-            f"the file gives {kind} the arguments {sorted(set(args) - set(names))}, which it does not have"
-        )
+    for key, value in args.items():
+        if key not in names:
+            raise FormatError(f"the file gives {kind} the argument {shown(key)}, which it does not have")
+        if not fits(kind, key, value):
+            raise FormatError(f"the file gives {kind} {shown(value)} as {key}, which no layer of this kind can have")
     try:
         return make(**args)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise FormatError(f"the file describes a {kind} that cannot be built: {error}") from None
+    except (ArithmeticError, AssertionError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise FormatError(f"the file describes a {kind} that cannot be built: {reason}") from None
+
+
+def _build_sequential(layers: Any, depth: int) -> nn.Sequential:
+    if not isinstance(layers, dict) or depth >= DEEPEST:
+        raise FormatError(f"the file describes a Sequential without layers, or more than {DEEPEST} inside one another")
+    built = nn.Sequential()
+    for name, inner in layers.items():
+        if not name or "." in name or hasattr(built, name):
+            raise FormatError(f"the file calls a layer of a Sequential {shown(name)}, which is no name for a layer")
+        built.add_module(name, build_layer(inner, depth + 1))
+    return built
+
+
+def _count(spec: Any, depth: int = 0) -> int:
+    """The number of layers that a spec describes, itself included."""
+    layers = spec.get("layers") if isinstance(spec, dict) else None
+    if not isinstance(layers, dict) or depth > DEEPEST:
+        return 1
+    return 1 + sum(_count(inner, depth + 1) for inner in layers.values())
+
+
+def check_swaps(swaps: dict[str, Any]) -> None:
+    """Checks what can be checked before anything is built: how many layers, and that none stands inside another.
+
+    Raises:
+        FormatError: there are too many, a path lies inside another one, or a layer is the same as one not described.
+    """
+    sizes = {path: _count(spec) for path, spec in swaps.items() if "same" not in spec}
+    total = 0
+    for path, spec in swaps.items():
+        first = spec.get("same", path)
+        if not isinstance(first, str) or first not in sizes:
+            raise FormatError(f"the file says that {path} is the layer {shown(first)}, which it does not describe")
+        steps = path.split(".")
+        if any(".".join(steps[:end]) in swaps for end in range(1, len(steps))):
+            raise FormatError(f"the file replaces {path}, which lies inside another layer that it replaces")
+        total += sizes[first]
+    if total > MOST:
+        raise FormatError(f"the file describes {total} layers, more than the {MOST} that a file may")

@@ -11,6 +11,7 @@ from featherweight.coding.bits import Ints, Reader, list_bits, pack, pack_list, 
 from featherweight.errors import FormatError
 
 LONGEST = 24  # bits of a code word
+SHORT = 1 << 13  # bytes
 WINDOW = 1 << 20  # bit positions that are looked at at a time
 
 
@@ -112,7 +113,8 @@ def _decode(data: bytes, count: int, lengths: Ints) -> Ints:
     per_length[0] = 0
     ends = np.cumsum(per_length << (LONGEST - np.arange(LONGEST + 1)))  # left-aligned: the first word that is longer
     offsets = np.cumsum(per_length)
-    short = np.searchsorted(ends, np.arange(1 << 16) << 8, side="right") if lengths.max() <= 16 else None
+    many = len(data) > SHORT and lengths.max() <= 16  # a table of all words of 16 bits is for streams that need it
+    short = np.searchsorted(ends, np.arange(1 << 16) << 8, side="right") if many else None
     padded = np.frombuffer(data + b"\0" * 4, dtype=np.uint8)
     out, found, start = np.empty(count, dtype=np.int64), 0, 0
     for base in range(0, len(data) * 8, WINDOW):

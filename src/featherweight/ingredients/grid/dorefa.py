@@ -49,6 +49,10 @@ class DoReFaWeights(Form):
         # (smooth - smooth) is exactly zero: the value is the snapped one, the gradient passes straight through
         return snapped + (smooth - smooth.detach())
 
+    def unsound(self) -> str:
+        held = self._buffers.keys() == {"scale"} and self.scale.numel() == 1 and self.scale.is_floating_point()
+        return "" if held and self.bits in range(1, 33) else "whose bits or scale are impossible"
+
     @property
     def centre(self) -> float:
         """The zero point, half-way between two symbols."""
@@ -120,6 +124,9 @@ class DoReFaGradient(Form):
     def __init__(self, bits: int) -> None:
         super().__init__()
         self.bits = bits
+
+    def unsound(self) -> str:
+        return "" if self.bits in range(1, 33) and not self._buffers and not self._parameters else "of impossible bits"
 
     def forward(self, *free: Tensor, keep: Tensor | None = None) -> Tensor:
         (gradient,) = free
