@@ -81,6 +81,7 @@ ARGUMENTS: dict[str, Check] = {
     **dict.fromkeys(("start_dim", "end_dim"), _between(-32, 32)),
     **dict.fromkeys(("eps", "momentum", "max_norm"), _or_none(_real)),
     "dim": _or_none(_between(-32, 32)),
+    "proj_size": _between(0, LARGEST),
     "num_layers": _between(1, DEEPEST),
     "padding": _padding,
     "output_padding": _sizes(0),

@@ -1,0 +1,47 @@
+"""The layers that a file may name: each comes back from its description as it was."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+from torch import nn
+
+from featherweight.core.arguments import agrees
+from featherweight.core.layers import LEAVES, build_layer, layer_spec
+
+LAYERS = (
+    nn.Linear(2, 3), nn.Bilinear(2, 3, 4), nn.Conv1d(2, 2, 3), nn.Conv2d(2, 2, (3, 1), padding="same"),
+    nn.Conv3d(2, 2, 3, padding_mode="circular"), nn.ConvTranspose1d(2, 2, 3), nn.ConvTranspose2d(2, 2, 3, 2, 1, 1),
+    nn.ConvTranspose3d(2, 2, 2), nn.BatchNorm1d(3, momentum=None), nn.BatchNorm2d(3), nn.BatchNorm3d(3, affine=False),
+    nn.InstanceNorm1d(3), nn.InstanceNorm2d(3), nn.InstanceNorm3d(3), nn.LayerNorm((3, 4)), nn.LayerNorm(3, bias=False),
+    nn.LayerNorm(3, elementwise_affine=False), nn.RMSNorm(3), nn.GroupNorm(2, 4), nn.LocalResponseNorm(3),
+    nn.Embedding(3, 4, padding_idx=-1), nn.Embedding(3, 4, max_norm=1.0), nn.GRU(2, 3, bias=False, batch_first=True),
+    nn.LSTM(2, 3, 2, dropout=0.1, bidirectional=True), nn.LSTM(2, 3, proj_size=2), nn.RNN(2, 3, nonlinearity="relu"),
+    nn.Identity(), nn.Sigmoid(), nn.Tanh(), nn.Softsign(), nn.LogSigmoid(), nn.Tanhshrink(), nn.ReLU(True), nn.ReLU6(),
+    nn.SiLU(), nn.Mish(), nn.Hardswish(), nn.Hardsigmoid(), nn.SELU(), nn.GELU("tanh"), nn.LeakyReLU(), nn.ELU(),
+    nn.CELU(), nn.Hardtanh(-2.0, 2.0), nn.Softplus(), nn.PReLU(3), nn.Softmax(-1), nn.Softmax(), nn.LogSoftmax(1),
+    nn.GLU(), nn.Flatten(), nn.Dropout(0.3), nn.Dropout1d(), nn.Dropout2d(), nn.Dropout3d(), nn.AlphaDropout(),
+    nn.MaxPool1d(2), nn.MaxPool2d((2, 3), 1), nn.MaxPool3d(2), nn.AvgPool1d(2), nn.AvgPool2d(2, divisor_override=3),
+    nn.AvgPool3d(2), nn.AdaptiveAvgPool1d(1), nn.AdaptiveAvgPool2d((None, 3)), nn.AdaptiveAvgPool3d(2),
+    nn.AdaptiveMaxPool1d(1), nn.AdaptiveMaxPool2d(2), nn.AdaptiveMaxPool3d((1, 2, 3)), nn.PixelShuffle(2),
+    nn.PixelUnshuffle(2), nn.ChannelShuffle(2), nn.Upsample(scale_factor=2), nn.Upsample(size=(3, 4), mode="bilinear"),
+    nn.Upsample(scale_factor=(2.0, 1.5), mode="bicubic", align_corners=True), nn.ZeroPad1d((1, 2)), nn.ZeroPad2d(-1),
+    nn.ReflectionPad1d(1), nn.ReflectionPad2d((1, 0, 1, 0)), nn.ReplicationPad2d(1),
+    nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.ReLU())),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: repr(layer).replace("\n", ""))
+def test_a_layer_comes_back_from_its_description(layer: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of dropout in a recurrent network of one layer, and the like
+        again = build_layer(json.loads(json.dumps(layer_spec(layer))))
+    assert repr(again) == repr(layer)
+    assert [p.shape for p in again.parameters()] == [p.shape for p in layer.parameters()]
+    assert agrees(again)
+
+
+def test_every_layer_of_the_table_is_among_them() -> None:
+    assert {type(layer).__name__ for layer in LAYERS} >= LEAVES.keys()
