@@ -41,6 +41,18 @@ def of(model: str, config: str, **options: Any) -> Callable[[], nn.Module]:
     return partial(named, model, config, **options)
 
 
+class Only(nn.Module):
+    """A network that returns some of its outputs: the others would make their channels outputs too."""
+
+    def __init__(self, network: nn.Module, *keys: str) -> None:
+        super().__init__()
+        self.network, self.keys = network, keys
+
+    def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        found = self.network(pixel_values=pixel_values)
+        return {key: found[key] for key in self.keys}
+
+
 VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "patch_size": 8}
 
 
@@ -53,7 +65,7 @@ def resnet_backbone() -> Any:
 
 
 def detr() -> nn.Module:
-    return named(
+    network = named(
         "DetrForObjectDetection",
         "DetrConfig",
         backbone_config=resnet_backbone(),
@@ -70,6 +82,7 @@ def detr() -> nn.Module:
         encoder_attention_heads=4,
         decoder_attention_heads=4,
     )
+    return Only(network, "logits", "pred_boxes")
 
 
 def upernet() -> nn.Module:
@@ -329,6 +342,28 @@ class HandNorms(nn.Module):
         return self.head(self.scale * (z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + 1e-6)))
 
 
+class Positions(nn.Module):
+    """Sines and cosines of the positions, computed on the way and added to the channels."""
+
+    def __init__(self, size: int = 12) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, size, 2, 2), nn.LayerNorm(size)
+        self.wide, self.narrow, self.head = nn.Linear(size, 16), nn.Linear(16, size), nn.Linear(size, 4)
+        self.size = size
+
+    def positions(self, x: Tensor) -> Tensor:
+        at = torch.arange(x.shape[1], dtype=x.dtype)[:, None]
+        angle = at / 100 ** (torch.arange(0, self.size, 2, dtype=x.dtype) / self.size)
+        return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        where = self.positions(x)
+        for _ in range(2):
+            x = x + self.narrow(F.gelu(self.wide(self.norm(x + where))))
+        return self.head(x.mean(1))
+
+
 def toy(name: str) -> Architecture:
     """One of the small networks with one way each in which channels are coupled."""
     make, inputs, _, _ = COUPLED[name]
@@ -348,6 +383,7 @@ OWN: dict[str, Architecture] = {
     "several inputs and outputs": Architecture(
         Several, lambda: {"image": torch.randn(2, 3, 8, 8), "numbers": torch.randn(2, 5)}, fast=True
     ),
+    "positions computed on the way": Architecture(Positions, lambda: torch.randn(2, 3, 8, 8), fast=True),
     "shifted windows": Architecture(ShiftedWindows, lambda: torch.randn(2, 3, 16, 16)),
     "norms written out": Architecture(HandNorms, lambda: torch.randn(2, 3, 8, 8)),
 }

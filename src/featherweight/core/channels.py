@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import count
 from typing import Any
 from typing import Literal as OneOf
 
@@ -25,8 +26,9 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from featherweight.core.double import Double
-from featherweight.core.labels import Flow, Literal, compact, components, flow_labels
+from featherweight.core.labels import Flow, Literal, compact, components, flow_labels, step_of
 from featherweight.core.ledger import note, skip
+from featherweight.core.rewiring import Pick, picking
 from featherweight.core.task import as_call, device_of, eval_mode, to_device
 from featherweight.core.trace import interpret, operator_name, owner, placed, trace, weight_tensors
 from featherweight.core.wired import Slot, Wired
@@ -75,6 +77,14 @@ class Written:
 
 
 @dataclass(frozen=True)
+class Constant:
+    """A result in a wiring of which steps use the part that belongs to channels, along a dimension."""
+
+    pick: Pick
+    ids: Tensor
+
+
+@dataclass(frozen=True)
 class Channels:
     """The removable channels of a model, numbered from 0. Valid until channels are removed.
 
@@ -90,6 +100,7 @@ class Channels:
     pinned: dict[str, str]  # layer path -> why some or all of its outputs stay
     attributes: tuple[Attribute, ...] = ()  # of modules whose sizes are not read off their own weights
     literals: tuple[Written, ...] = ()  # numbers in the wiring of a network without its class
+    constants: tuple[Constant, ...] = ()  # without a weight, that meet channels
     rescales: tuple[tuple[tuple[str, ...], Tensor, Tensor], ...] = ()  # tensors, rows, channels of the head size
     norms: dict[str, tuple[Tensor, int]] = field(default_factory=dict)  # node -> channels, groups (0: no group norm)
     program: ExportedProgram | None = field(default=None, repr=False)
@@ -349,11 +360,23 @@ def _numbered(flow: Flow, reasons: Mapping[int, str], program: ExportedProgram, 
         pinned=pinned,
         attributes=attributes,
         literals=tuple(literals),
+        constants=tuple(_constants(flow, number)),
         rescales=tuple((r.tensors, r.rows, number(r.labels)) for r in flow.rescales),
         norms=norms | {node: (number(labels), groups) for node, (labels, groups) in flow.spans.items()},
         program=program,
         example_inputs=example_inputs,
     )
+
+
+def _constants(flow: Flow, number: Callable[[Tensor], Tensor]) -> Iterable[Constant]:
+    """Constants that meet channels, each with the name of a buffer that does not exist yet."""
+    taken = set(weight_tensors(flow.model))
+    names = (name for i in count() if (name := f"picked_{i}") not in taken)
+    for found, name in zip(flow.constants.values(), names, strict=False):
+        result = found.step + len(flow.model.wiring.inputs)  # type: ignore[union-attr, arg-type]
+        ids = number(found.labels)
+        if (ids >= 0).any():
+            yield Constant(Pick(tuple(sorted(set(found.users))), result, found.dim, name), ids)
 
 
 def _counted(flow: Flow, labels: Tensor | None) -> Tensor | None:
@@ -384,7 +407,7 @@ def _written(model: Wired, place: Slot, ids: Tensor) -> list[Written]:
 
 def _step(model: nn.Module, found: Literal) -> Slot | None:
     """Where a number stands in the wiring of a network without its class; None in other code."""
-    step = found.node.meta.get("custom", {}).get("step") if isinstance(model, Wired) else None
+    step = step_of(model, found.node)
     if not isinstance(model, Wired) or step is None or model.wiring.steps[step].target.startswith("@"):
         return None
     place = (step, found.argument, found.at)
@@ -413,6 +436,7 @@ def _without(channels: Channels, refused: Mapping[int, str]) -> Channels:
         pinned={**pinned, **channels.pinned},
         attributes=tuple(replace(a, ids=table[a.ids]) for a in channels.attributes),
         literals=tuple(replace(w, ids=table[w.ids]) for w in channels.literals),
+        constants=tuple(replace(c, ids=table[c.ids]) for c in channels.constants),
         rescales=tuple((names, rows, table[ids]) for names, rows, ids in channels.rescales),
         norms={node: (table[ids], groups) for node, (ids, groups) in channels.norms.items()},
     )
@@ -425,7 +449,9 @@ def _kinds(channels: Channels) -> list[Tensor]:
     """Channels by the set of places they appear in: what works for one of a kind works for all of it."""
     places: list[list[int]] = [[] for _ in range(channels.count)]
     vectors = [*channels.axes.values(), *(row for table in channels.blocks.values() for row in table)]
-    vectors += [a.ids for a in channels.attributes] + [w.ids for w in channels.literals]
+    vectors += (
+        [a.ids for a in channels.attributes] + [w.ids for w in channels.literals] + [c.ids for c in channels.constants]
+    )
     vectors += [part for family in channels.equal for part in family]
     for place, ids in enumerate(vectors):
         for number in ids[ids >= 0].unique().tolist():
@@ -755,6 +781,10 @@ def _remove(
     changes = {w.place: int((~gone[w.ids]).sum()) for w in channels.literals if gone[w.ids].any()}
     if isinstance(model, Wired) and changes:
         undo.append(_assign(model, "wiring", model.resized(changes)))
+    picks = [c for c in channels.constants if gone[c.ids].any()]
+    if isinstance(model, Wired) and picks:
+        undo.append(_assign(model, "wiring", picking(model.wiring, [c.pick for c in picks])))
+        undo += [_buffer(model, c.pick.index, (~gone[c.ids]).nonzero().flatten()) for c in picks]
     return undo
 
 
@@ -788,6 +818,12 @@ def _assign(module: nn.Module, key: str, value: Any) -> Callable[[], None]:
     old = getattr(module, key)
     setattr(module, key, value)
     return lambda: setattr(module, key, old)
+
+
+def _buffer(model: nn.Module, name: str, value: Tensor) -> Callable[[], None]:
+    """Gives a network a tensor that is no part of its state dict, and returns what takes it away."""
+    model.register_buffer(name, value.to(device_of(model)), persistent=False)
+    return lambda: delattr(model, name)
 
 
 def _follow(

@@ -29,6 +29,7 @@ from featherweight.core.forms import ACTIVATIONS, Form, activation_form, activat
 from featherweight.core.layers import TYPES
 from featherweight.core.opaque import NAME, opaque_layers
 from featherweight.core.operators import CHECKS, target_name
+from featherweight.core.rewiring import renumbered
 from featherweight.core.task import as_call, device_of, eval_mode, to_device
 from featherweight.core.trace import by_name, graph_inputs, operator_name, trace, uncached, weight_tensors
 from featherweight.core.wired import (
@@ -564,21 +565,8 @@ def _pruned(wiring: Wiring) -> Wiring:
             kept.append(i)
             needed |= {*refs(step.args), *refs(tuple(v for _, v in step.kwargs))}
     numbers = {first + old: first + new for new, old in enumerate(reversed(kept))} | {i: i for i in range(first)}
-    steps = tuple(_renumbered(wiring.steps[i], numbers) for i in reversed(kept))
-    return replace(wiring, steps=steps, output=_renumbered(wiring.output, numbers))
-
-
-def _renumbered(value: Any, numbers: Mapping[int, int]) -> Any:
-    match value:
-        case Ref():
-            return Ref(numbers[value.number])
-        case Step():
-            return Step(value.target, _renumbered(value.args, numbers), _renumbered(value.kwargs, numbers))
-        case dict():
-            return type(value)((k, _renumbered(v, numbers)) for k, v in value.items())
-        case tuple() | list():
-            return type(value)(_renumbered(v, numbers) for v in value)
-    return value
+    steps = tuple(renumbered(wiring.steps[i], numbers) for i in reversed(kept))
+    return replace(wiring, steps=steps, output=renumbered(wiring.output, numbers))
 
 
 def _assembled(model: nn.Module, wiring: Wiring, lifted: Mapping[str, Tensor]) -> Wired:

@@ -8,6 +8,6 @@ from featherweight.core.labels import (  # noqa: F401 - importing a file enters 
     reductions,
     weights,
 )
-from featherweight.core.labels.flow import Flow, Literal, Unions, compact, components, flow_labels
+from featherweight.core.labels.flow import Flow, Literal, Unions, compact, components, flow_labels, step_of
 
-__all__ = ["Flow", "Literal", "Unions", "compact", "components", "flow_labels"]
+__all__ = ["Flow", "Literal", "Unions", "compact", "components", "flow_labels", "step_of"]

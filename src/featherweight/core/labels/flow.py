@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from featherweight.core.task import to_device
 from featherweight.core.trace import first_names, graph_inputs, interpret, operator_name, placed, weight_tensors
+from featherweight.core.wired import Wired, refs
 
 
 class Unions:
@@ -88,6 +89,16 @@ class Literal:
     labels: Tensor | None  # (number,), or (number, ...) for a weight's data, which vary along another dimension as well
 
 
+@dataclass
+class Constant:
+    """A result without channels that meets some along a dimension: the wiring can pick a part of it."""
+
+    step: int  # that made it
+    dim: int
+    labels: Tensor
+    users: list[int] = field(default_factory=list)  # the steps where it does
+
+
 @dataclass(frozen=True)
 class Rescale:
     """Rows of a layer that feeds queries: they absorb sqrt(kept / all), as attention divides by its root."""
@@ -112,6 +123,7 @@ class Flow:
     pins: list[tuple[Tensor, str]] = field(default_factory=list)
     fixed: dict[str, str] = field(default_factory=dict)  # weight -> why none of its dimensions may change
     literals: list[Literal] = field(default_factory=list)
+    constants: dict[tuple[fx.Node, int], Constant] = field(default_factory=dict)
     rescales: list[Rescale] = field(default_factory=list)
     norms: dict[str, Tensor] = field(default_factory=dict)  # node of a norm or of its statistic -> labels
     spans: dict[str, tuple[Tensor, int]] = field(default_factory=dict)  # node of a group norm -> labels, groups
@@ -177,6 +189,20 @@ class Flow:
         self.unions.unite(slabs[:, :1], slabs[:, 1:])
         return compact(self.unions.find(labels))
 
+    def constant(self, user: fx.Node, node: Any, dim: int, size: int) -> Tensor | None:
+        """Labels for a result without channels along a dimension (from the front); None if no part can be picked."""
+        at, by = (step_of(self.model, n) for n in (node, user))
+        if at is None or by is None or not isinstance(self.model, Wired):
+            return None
+        wiring = self.model.wiring
+        if wiring.steps[by].target.startswith("@") or len(wiring.inputs) + at not in refs(wiring.steps[by].args):
+            return None
+        if (node, dim) not in self.constants:
+            self.constants[node, dim] = Constant(at, dim, self.unions.fresh(size))
+        found = self.constants[node, dim]
+        found.users.append(by)
+        return found.labels
+
     def as_activation(self, val: Val) -> Val:
         """A weight's data as one factor among activations: settled like them."""
         val = self.as_data(val)
@@ -203,6 +229,13 @@ class Flow:
         if any(n > 1 for d, n in enumerate(labels.shape) if d != dim):
             return None, True
         return labels.flatten().expand(size), False
+
+
+def step_of(model: nn.Module, node: Any) -> int | None:
+    """The step of a network without its class that made a node; None in other code."""
+    if not isinstance(model, Wired) or not isinstance(node, fx.Node) or node.op != "call_function":
+        return None
+    return node.meta.get("custom", {}).get("step")
 
 
 def compact(labels: Tensor) -> Tensor:
@@ -262,6 +295,14 @@ class Call:
     def arg(self, index: int, name: str = "", default: Any = None) -> Any:
         """An argument by position or name."""
         return self.args[index] if index < len(self.args) else self.kwargs.get(name, default)
+
+    def nodes(self) -> list[fx.Node]:
+        """The nodes that made the tensors among the arguments."""
+        made = zip(pytree.tree_leaves((self.args, self.kwargs), is_leaf=is_val), self._leaves(), strict=True)
+        return [node for val, node in made if isinstance(val, Val) and isinstance(val.value, Tensor)]
+
+    def _leaves(self) -> list[Any]:
+        return pytree.tree_leaves((self.node.args, self.node.kwargs))
 
     def values(self) -> list[Val]:
         """All tensors among the arguments."""

@@ -38,6 +38,8 @@ def move(call: Call) -> Any:
     if order is not None:
         return Val(call.value, name=x.name, dims=order)
     x = flow.as_data(x)
+    if call.name == "index_select" and x.labels is None and call.args[2].name is not None:
+        return Val(call.value, lay(flow.axis(call.args[2], 0), call.args[1], call.value.dim()))  # picked before
     for other in call.values()[1:]:
         if call.name not in ("view_as", "reshape_as", "expand_as"):
             call.pin(other, why="as an index")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from featherweight.core.labels.flow import Call, Val, align, carrier, is_val, labels_of, plain, rule
+from featherweight.core.labels.flow import Call, Val, align, carrier, compact, is_val, labels_of, lay, plain, rule
 from featherweight.core.labels.weights import per_channel
 
 POINTWISE = """
@@ -43,12 +43,24 @@ def pointwise(call: Call) -> Any:
     base, *others = torch.broadcast_tensors(*(labels_of(tags[i]) for i in joined))
     for other in others:
         flow.unions.unite(base, other)
-    if any(v.labels is None and any(size[d] > 1 for d in varying) for v, size in zip(vals, sizes, strict=True)):
-        flow.pin(base, f"{call.name} with a constant of the same size")
-        return Val(out)
+    for node, v, size in zip(call.nodes(), vals, sizes, strict=True):
+        if v.labels is None and any(size[d] > 1 for d in varying) and not picked(call, node, v, base):
+            flow.pin(base, f"{call.name} with a constant of the same size")
+            return Val(out)
     still_data = all(vals[i].data for i in joined) and all(v.value.numel() == 1 for v in vals if v.labels is None)
     labels = flow.unions.find(base) if still_data else flow.settle(base)
     return Val(out, labels, keeps_zero(call, [given[i] for i in joined if vals[i].zero]), data=still_data)
+
+
+def picked(call: Call, node: Any, x: Val, labels: Tensor) -> bool:
+    """Whether a constant can be cut to the channels that it meets (labels, of as many dimensions as the result)."""
+    at = carrier(labels)
+    if at is None or compact(labels).numel() != labels.size(at):
+        return False
+    ids = call.flow.constant(call.node, node, at + x.value.dim(), x.value.shape[at])
+    if ids is not None:
+        call.flow.unions.unite(lay(ids, at, labels.dim()), labels)
+    return ids is not None
 
 
 def keeps_zero(call: Call, zeros: Sequence[Val]) -> bool:
