@@ -6,7 +6,7 @@ steps, tensors of the network, and plain numbers. Nothing in it is ever evaluate
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.fx import traceback
 from torch.utils import _pytree as pytree
 
-from featherweight.core.operators import SIZES, function, schema_types
+from featherweight.core.operators import function, schema_types
+from featherweight.core.sizes import evaluate_size, told
 from featherweight.errors import BadData
 
 Slot = tuple[int, int | str, int | None]
@@ -153,49 +154,25 @@ class Wired(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the steps on what was given."""
-        wiring = self.wiring
         values: list[Any] = [*self._given(args, kwargs)]
-        spent = self._spent()
+        plan = self._plan()
         marked = traceback.has_preserved_node_meta()
-        for number, step in enumerate(wiring.steps):
-            with traceback.annotate({"step": number}) if marked else nullcontext():
-                values.append(self._call(step, values))
-            for last in spent[number]:
+        for number, (run, spent) in enumerate(plan.steps):
+            with traceback.annotate({"step": number}) if marked else NOTHING:
+                values.append(run(self, values))
+            for last in spent:
                 values[last] = None
-        return self._resolved(wiring.output, values)
+        return plan.output(self, values)
 
-    def _call(self, step: Step, values: Sequence[Any]) -> Any:
-        args = self._resolved(step.args, values)
-        kwargs = {name: self._resolved(value, values) for name, value in step.kwargs}
-        called = self.get_submodule(step.target[1:]) if step.target[0] == "@" else function(step.target)
-        return called(*args, **kwargs)
+    def _plan(self) -> Plan:
+        """The wiring made ready to run, anew where it changed."""
+        plan: Plan | None = self.__dict__.get("_planned")
+        if plan is None or plan.wiring is not self.wiring:
+            plan = self.__dict__["_planned"] = planned(self.wiring)
+        return plan
 
-    def _resolved(self, value: Any, values: Sequence[Any]) -> Any:  # noqa: PLR0911 - one straight table
-        match value:
-            case Ref():
-                return values[value.number]
-            case Held():
-                path, _, leaf = value.name.rpartition(".")
-                return getattr(self.get_submodule(path), leaf)
-            case Training():
-                return self.training
-            case Device():
-                return next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
-            case Outputs():
-                return Outputs((k, self._resolved(v, values)) for k, v in value.items())
-            case dict():
-                return {k: self._resolved(v, values) for k, v in value.items()}
-            case tuple() | list():
-                return type(value)(self._resolved(v, values) for v in value)
-        return value
-
-    def _spent(self) -> list[list[int]]:
-        """For each step, the results that nothing after it needs."""
-        cached: tuple[Wiring, list[list[int]]] | None = self.__dict__.get("_spent_cache")
-        if cached is None or cached[0] is not self.wiring:
-            cached = (self.wiring, spent(self.wiring))
-            self.__dict__["_spent_cache"] = cached
-        return cached[1]
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_planned"}
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The tensors among the arguments in order, checked."""
@@ -264,6 +241,77 @@ class Wired(nn.Module):
         place = names.index(name) if name in names else argument
         key = place if isinstance(place, int) and place < len(step.args) else name
         return step.args, dict(step.kwargs), key
+
+
+Make = Callable[[Wired, Sequence[Any]], Any]
+NOTHING = nullcontext()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A wiring as functions: for each step what runs it, and the results that nothing needs after it."""
+
+    wiring: Wiring
+    steps: tuple[tuple[Make, list[int]], ...]
+    output: Make
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        return self  # nothing in it ever changes
+
+
+def planned(wiring: Wiring) -> Plan:
+    """Makes a wiring ready to run."""
+    runs = [_runner(step) for step in wiring.steps]
+    return Plan(wiring, tuple(zip(runs, spent(wiring), strict=True)), _maker(wiring.output))
+
+
+def _runner(step: Step) -> Make:
+    args = [_maker(a) for a in step.args]
+    kwargs = {name: _maker(value) for name, value in step.kwargs}
+    if step.target[0] == "@":
+        path = step.target[1:].split(".")
+
+        def layer(net: Wired, values: Sequence[Any]) -> Any:
+            return _at(net, path)(*[make(net, values) for make in args])
+
+        return layer
+    called = function(step.target)
+
+    def operator(net: Wired, values: Sequence[Any]) -> Any:
+        given = {name: make(net, values) for name, make in kwargs.items()}
+        return called(*[make(net, values) for make in args], **given)
+
+    return operator
+
+
+def _at(net: nn.Module, path: Sequence[str]) -> Any:
+    """The module at a path, looked up every time: layers may be exchanged."""
+    found: Any = net
+    for name in path:
+        found = found._modules[name]
+    return found
+
+
+def _maker(value: Any) -> Make:  # noqa: PLR0911 - one straight table
+    """What makes an argument from the results so far."""
+    match value:
+        case Ref():
+            number = value.number
+            return lambda net, values: values[number]
+        case Held():
+            *path, leaf = value.name.split(".")
+            return lambda net, values: getattr(_at(net, path), leaf)
+        case Training():
+            return lambda net, values: net.training
+        case Device():
+            return lambda net, values: next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
+        case dict():
+            named, kind = {k: _maker(v) for k, v in value.items()}, type(value)
+            return lambda net, values: kind((k, make(net, values)) for k, make in named.items())
+        case tuple() | list():
+            parts, sequence = [_maker(v) for v in value], type(value)
+            return lambda net, values: sequence([make(net, values) for make in parts])
+    return lambda net, values: value
 
 
 def _put(value: Any, at: int | None, number: int) -> Any:
@@ -340,39 +388,3 @@ def check_input(wanted: Input, given: Tensor, number: int) -> Sequence[Any]:
             f"input {number} is {given.dtype} of shape {tuple(given.shape)}: the network takes {wanted.dtype} ({shape})"
         )
     return given.shape
-
-
-def evaluate_size(expression: Any, sizes: Sequence[Sequence[Any]]) -> Any:
-    """The value of an expression on the sizes of inputs.
-
-    >>> evaluate_size(("eq", ("mod", ("size", 0, 1), 4), 0), [(2, 12)])
-    True
-    """
-    if not isinstance(expression, tuple):
-        return expression
-    name, *rest = expression
-    if name == "size":
-        return sizes[rest[0]][rest[1]]
-    return SIZES[name](*(evaluate_size(inner, sizes) for inner in rest))
-
-
-SIGNS = {
-    "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
-    "add": "+", "sub": "-", "mul": "*", "floordiv": "//", "mod": "%", "truediv": "/", "pow": "**",
-}  # fmt: skip
-
-
-def told(expression: Any) -> str:
-    """An expression on sizes for people.
-
-    >>> told(("eq", ("mod", ("size", 0, 2), 4), 0))
-    'size 2 of input 0 % 4 == 0'
-    """
-    if not isinstance(expression, tuple):
-        return str(expression)
-    name, *rest = expression
-    if name == "size":
-        return f"size {rest[1]} of input {rest[0]}"
-    tight = name in ("mul", "floordiv", "mod", "truediv", "pow")
-    parts = [f"({told(r)})" if tight and isinstance(r, tuple) and r[0] in ("add", "sub") else told(r) for r in rest]
-    return f" {SIGNS[name]} ".join(parts) if name in SIGNS else f"{name}({', '.join(parts)})"

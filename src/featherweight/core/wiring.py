@@ -30,6 +30,7 @@ from featherweight.core.layers import TYPES
 from featherweight.core.opaque import NAME, opaque_layers
 from featherweight.core.operators import CHECKS, target_name
 from featherweight.core.rewiring import renumbered
+from featherweight.core.sizes import evaluate_size, expression, independent
 from featherweight.core.task import as_call, device_of, eval_mode, to_device
 from featherweight.core.trace import by_name, graph_inputs, operator_name, trace, uncached, weight_tensors
 from featherweight.core.wired import (
@@ -43,7 +44,6 @@ from featherweight.core.wired import (
     Training,
     Wired,
     Wiring,
-    evaluate_size,
     refs,
 )
 from featherweight.errors import FeatherweightError, TraceError
@@ -321,8 +321,8 @@ class _Writer:
                         symbols[size.node.expr] = place
                     else:
                         derived.append((place, size.node.expr))
-        found = [("eq", place, _expression(expr, symbols)) for place, expr in derived]
-        found += [_expression(expr, symbols) for expr in guards]
+        found = [("eq", place, expression(expr, symbols)) for place, expr in derived]
+        found += [expression(expr, symbols) for expr in guards]
         return tuple(dict.fromkeys(e for e in found if isinstance(e, tuple)))
 
     # --- layers -------------------------------------------------------------------------------------------------------
@@ -608,41 +608,6 @@ def _place(module: nn.Module, place: nn.Module) -> nn.Module:
     return place
 
 
-# --- conditions on sizes ----------------------------------------------------------------------------------------------
-
-NAMES = {
-    "Add": "add", "Mul": "mul", "Pow": "pow", "PowByNatural": "pow", "FloorDiv": "floordiv", "CleanDiv": "floordiv",
-    "Mod": "mod", "PythonMod": "mod", "Equality": "eq", "Unequality": "ne", "StrictLessThan": "lt", "LessThan": "le",
-    "StrictGreaterThan": "gt", "GreaterThan": "ge", "Max": "max", "Min": "min", "And": "and", "Or": "or", "Not": "not",
-    "IntTrueDiv": "truediv", "FloatTrueDiv": "truediv", "CeilToInt": "ceil", "ceiling": "ceil", "FloorToInt": "floor",
-    "floor": "floor", "TruncToInt": "trunc", "ToFloat": "float",
-}  # fmt: skip
-
-
-def _expression(expr: Any, symbols: Mapping[Any, Any]) -> Any:
-    """A symbolic expression of torch as nested tuples.
-
-    Raises:
-        TraceError: it holds a function or a symbol that a file has no word for.
-    """
-    if expr in symbols:
-        return symbols[expr]
-    if expr.is_Integer or expr is True or expr is False or (expr.is_Boolean and not expr.args):
-        return bool(expr) if expr.is_Boolean else int(expr)
-    if expr.is_Float or expr.is_Rational:
-        return float(expr)
-    name = NAMES.get(type(expr).__name__)
-    if name is None or not expr.args:
-        raise TraceError(f"the model's sizes depend on {expr}, which a file cannot hold")
-    inner = [_expression(arg, symbols) for arg in expr.args]
-    if name in ("add", "mul") and len(inner) > 2:
-        found = inner[0]
-        for part in inner[1:]:
-            found = (name, found, part)
-        return found
-    return (name, *inner)
-
-
 # --- checking ---------------------------------------------------------------------------------------------------------
 
 
@@ -676,7 +641,8 @@ def _checked(model: nn.Module, wired: Wired, given: Call) -> Wired:
             needed |= broken
         else:
             raise TraceError(f"at the sizes {[tuple(t.shape) for t in tensors]} the wiring does not follow: {wrong}")
-    wired.wiring = replace(wired.wiring, conditions=tuple(c for c in conditions if c in needed or c not in idle))
+    kept = [c for c in conditions if c in needed or c not in idle]
+    wired.wiring = replace(wired.wiring, conditions=independent(kept, sizes))
     return wired
 
 
