@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -199,6 +200,7 @@ def _traced(model: nn.Module, given: Call, shapes: Callable[[Call], Any]) -> Exp
     if found is None:
         with opaque_layers(model):
             return trace(model, fresh)
+    _imported()
     with limited(SECONDS if shapes is _free_sizes else 10 * SECONDS), opaque_layers(model):
         return trace(model, fresh, dynamic_shapes=by_name(model, found.args, found.kwargs))
 
@@ -208,6 +210,12 @@ def _argument_names(model: nn.Module) -> list[str]:
         return list(model.wiring.names)
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return [name for name, p in inspect.signature(model.forward).parameters.items() if p.kind in kinds]
+
+
+@cache
+def _imported() -> None:
+    """Traces once, without a limit: torch imports much on the way, and an import given up half-way stays broken."""
+    trace(nn.Linear(2, 2), torch.zeros(2, 2), dynamic_shapes=({0: Dim.AUTO},))
 
 
 class _Late(BaseException):

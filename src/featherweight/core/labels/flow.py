@@ -395,6 +395,9 @@ def flow_labels(model: nn.Module, program: ExportedProgram, example_inputs: Any)
             flow.pin_value(val, "output of the model")
             if val.labels is not None:
                 flow.pins.insert(0, flow.pins.pop())  # the first reason that is given counts
+    for name, labels in flow.elements.items():
+        if not any(name == used for used, _ in flow.axes):  # rows that nothing took go along with those that are used
+            flow.settle(labels)
     return flow
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from featherweight.core.labels.flow import RULES, Call, Rescale, Val, carrier, rule
+from featherweight.core.labels.flow import RULES, Call, Rescale, Val, carrier, lay, rule
 from featherweight.core.labels.movement import move
 from featherweight.core.labels.weights import affine
 from featherweight.core.trace import operator_name
@@ -88,6 +88,7 @@ def attention(call: Call) -> Any:
     labels: Tensor | None = None
     if cv == -1:
         labels = v.labels
+        call.pin(mask, why="with a mask for every head")
     else:
         heads = [x for x, c in ((q, cq), (k, ck), (v, cv)) if c not in (None, -1)]
         sizes = {x.value.shape[-3] for x in (q, k, v) if x.value.dim() > 2}
@@ -123,3 +124,49 @@ def rescale(call: Call, q: Val) -> None:
         call.flow.names[s.name] for s in node.args[1:3] if isinstance(s, fx.Node) and s.name in call.flow.names
     )
     call.flow.rescales.append(Rescale(names, torch.unique(index), q.labels.flatten()))
+
+
+@rule("einsum")
+def einsum(call: Call) -> Any:
+    """Letters that are summed away meet as in a product; those that stay carry their labels on."""
+    flow, vals = call.flow, [call.flow.as_activation(v) for v in call.args[1]]
+    terms, result = spelled(call.args[0], [v.value.dim() for v in vals])
+    found: dict[str, Tensor] = {}
+    for letter in dict.fromkeys("".join(terms)):
+        owners = [(v, term.index(letter)) for v, term in zip(vals, terms, strict=True) if letter in term]
+        tracked = [v for v, at in owners if carrier(v.labels) == at - v.value.dim()]
+        if any(term.count(letter) > 1 for term in terms) or (tracked and len(tracked) < len(owners)):
+            call.pin(*tracked, why="with a factor of fixed size")
+        elif tracked:
+            found[letter] = tracked[0].labels.flatten()  # type: ignore[union-attr] - it has a carrier
+            for other in tracked[1:]:
+                flow.unions.unite(found[letter], other.labels.flatten())  # type: ignore[union-attr]
+            if letter not in result and not any(v.zero for v in tracked):
+                call.pin(*tracked, why="of factors that are not zero when masked")
+    labels: Tensor | None = None
+    for at, letter in enumerate(result):
+        if letter in found:
+            own = lay(found[letter], at, len(result))
+            labels = own if labels is None else labels
+            flow.unions.unite(labels, own)
+    kept = [v for v, term in zip(vals, terms, strict=True) if any(n in found and n in result for n in term)]
+    zero = any(v.zero and carrier(v.labels) is not None for v in kept)
+    return Val(call.value, None if labels is None else flow.settle(labels), zero)
+
+
+def spelled(equation: str, dims: list[int]) -> tuple[list[str], str]:
+    """The letters of every factor and of the result; dimensions under an ellipsis get capital letters from behind.
+
+    >>> spelled("...ij,jk->...ik", [3, 2])
+    (['Aij', 'jk'], 'Aik')
+    """
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
+    wide = [n - len(term.replace("...", "")) if "..." in term else 0 for term, n in zip(terms, dims, strict=True)]
+    hidden = "".join(reversed(spare[: max(wide, default=0)]))
+    terms = [term.replace("...", hidden[len(hidden) - n :]) for term, n in zip(terms, wide, strict=True)]
+    if not arrow:
+        letters = "".join(terms)
+        right = "..." + "".join(sorted(c for c in dict.fromkeys(letters) if letters.count(c) == 1 and c not in hidden))
+    return terms, right.replace("...", hidden)
