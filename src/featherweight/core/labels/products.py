@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from featherweight.core.labels.flow import RULES, Call, Rescale, Val, carrier, lay, rule
+from featherweight.core.labels.flow import RULES, Call, Rescale, Val, carrier, labels_of, lay, rule
 from featherweight.core.labels.movement import move
 from featherweight.core.labels.weights import affine
 from featherweight.core.trace import operator_name
@@ -138,9 +138,9 @@ def einsum(call: Call) -> Any:
         if any(term.count(letter) > 1 for term in terms) or (tracked and len(tracked) < len(owners)):
             call.pin(*tracked, why="with a factor of fixed size")
         elif tracked:
-            found[letter] = tracked[0].labels.flatten()  # type: ignore[union-attr] - it has a carrier
+            found[letter] = labels_of(tracked[0].labels).flatten()
             for other in tracked[1:]:
-                flow.unions.unite(found[letter], other.labels.flatten())  # type: ignore[union-attr]
+                flow.unions.unite(found[letter], labels_of(other.labels).flatten())
             if letter not in result and not any(v.zero for v in tracked):
                 call.pin(*tracked, why="of factors that are not zero when masked")
     labels: Tensor | None = None
