@@ -400,6 +400,18 @@ def test_data_that_describe_no_network_are_refused(change: Any, says: str) -> No
         wired_from(data, tensors)
 
 
+def test_arguments_by_name_keep_their_names_in_onnx(tmp_path: Path) -> None:
+    model = Functional().eval()
+    x, scale = torch.randn(2, 4), torch.rand(2, 4)
+    fw.save(model, tmp_path / "a.fw", example_inputs={"scale": scale, "x": x})
+    found = fw.load(tmp_path / "a.fw")
+    told = fw.export.onnx(found, tmp_path / "a.onnx", example_inputs={"scale": scale, "x": x})
+    assert told.inputs == ["x", "scale"]
+    assert told.dynamic_batch
+    wanted = model(x[:1], scale[:1])[0]
+    assert torch.allclose(fw.export.session(tmp_path / "a.onnx")(x=x[:1], scale=scale[:1])[0], wanted, atol=1e-6)
+
+
 def test_the_command_line_writes_onnx_from_the_file_alone(net: nn.Module, tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
@@ -410,3 +422,5 @@ def test_the_command_line_writes_onnx_from_the_file_alone(net: nn.Module, tmp_pa
     assert done.exit_code == 0, done.output
     session = fw.export.session(tmp_path / "a.onnx")
     assert torch.allclose(session(X)[0], net(X)["logits"], atol=1e-5)
+    told = CliRunner().invoke(app, ["inspect", str(tmp_path / "a.fw")]).output.replace("\n", "")
+    assert "takes float32 (any, 1, any, any)" in told

@@ -280,9 +280,24 @@ def show_file(found: dict[str, Any]) -> None:
     for row in rows:
         table.add_row(*[f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()])
     console.print(table)
-    for key, value in found.items():
+    wiring = found["manifest"].get("wiring")
+    shown = {**found, "manifest": {k: v for k, v in found["manifest"].items() if k not in ("wiring", "names")}}
+    for key, value in shown.items():
         if key != "tensors":
             console.print(f"{key}: {value}", highlight=False)
+    console.print(
+        f"without the class: {_wiring_told(wiring) if wiring else 'no, pass into= to load it'}", highlight=False
+    )
+
+
+def _wiring_told(wiring: Mapping[str, Any]) -> str:
+    """The graph of a file in one line: how much of it there is, and which sizes of its inputs may differ."""
+    layers = sum(step[0].startswith("@") for step in wiring["steps"])
+    inputs = [
+        f"{dtype} ({', '.join('any' if d in free else str(n) for d, n in enumerate(shape))})"
+        for dtype, shape, free, *_ in wiring["inputs"]
+    ]
+    return f"yes, {layers} calls of layers, {len(wiring['steps']) - layers} of operators; takes {', '.join(inputs)}"
 
 
 def show_latency(rows: list[dict[str, Any]]) -> None:

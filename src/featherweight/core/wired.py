@@ -129,6 +129,7 @@ pytree.register_pytree_node(
     lambda outputs: (list(outputs.values()), list(outputs)),
     lambda values, names: Outputs(zip(names, values, strict=True)),
     serialized_type_name="featherweight.Outputs",
+    flatten_with_keys_fn=lambda outputs: ([(pytree.MappingKey(k), v) for k, v in outputs.items()], list(outputs)),
 )
 
 
@@ -173,6 +174,13 @@ class Wired(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_planned"}
+
+    def positional(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same call with every argument that has a place in its place; what was left out before it is None."""
+        names = self.wiring.names
+        last = max((names.index(name) + 1 for name in kwargs if name in names), default=len(args))
+        placed = (*args, *(kwargs.get(name) for name in names[len(args) : last]))
+        return placed, {name: value for name, value in kwargs.items() if name not in names}
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The tensors among the arguments in order, checked."""

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from featherweight.core.forms import ACTIVATIONS, activation_form, bake
 from featherweight.core.task import as_call, eval_mode, to_device
 from featherweight.core.trace import by_name
+from featherweight.core.wired import Wired
 from featherweight.errors import BadOption, ExportError, FormatError, TraceError
 from featherweight.export.graph import (
     constants_to_initializers,
@@ -101,7 +102,7 @@ def onnx(
         TraceError: the model cannot be traced, or uses an operator that ONNX does not have.
         ExportError: the file disagrees with the module.
     """
-    call = _two_samples(to_device(as_call(example_inputs), torch.device("cpu")))
+    call = _two_samples(_in_order(model, to_device(as_call(example_inputs), torch.device("cpu"))))
     copy = bake(deepcopy(model)).cpu().eval()
     with eval_mode(copy):
         expected = copy(*call[0], **call[1])
@@ -140,6 +141,13 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _in_order(model: nn.Module, call: Call) -> Call:
+    """The call with arguments by name in the order of a wired network's own."""
+    args, kwargs = call
+    order = model.wiring.names if isinstance(model, Wired) else ()
+    return args, {name: kwargs[name] for name in sorted(kwargs, key=lambda n: (*order, n).index(n))}
 
 
 def _batch(call: Call) -> int | None:
@@ -205,14 +213,15 @@ def _traced(model: nn.Module, call: Call, names: tuple[list[str], list[str]], op
 
 
 def _program(model: nn.Module, call: Call, *, dynamic: bool) -> Any:
-    args, kwargs = call
+    # torch.export loses the sizes of arguments by name where a signature does not list the names
+    args, kwargs = model.positional(*call) if isinstance(model, Wired) else call
     batch = _batch(call)
 
     def free(value: Any) -> Any:
         varies = dynamic and isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
         return {0: torch.export.Dim.DYNAMIC} if varies else None
 
-    shapes = by_name(model, *pytree.tree_map(free, (args, kwargs)))
+    shapes = by_name(model, *pytree.tree_map(free, (args, kwargs))) if dynamic else None
     try:
         with _quiet():
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
