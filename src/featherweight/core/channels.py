@@ -103,6 +103,7 @@ class Channels:
     constants: tuple[Constant, ...] = ()  # without a weight, that meet channels
     rescales: tuple[tuple[tuple[str, ...], Tensor, Tensor], ...] = ()  # tensors, rows, channels of the head size
     norms: dict[str, tuple[Tensor, int]] = field(default_factory=dict)  # node -> channels, groups (0: no group norm)
+    computed: dict[str, tuple[tuple[int, Tensor], ...]] = field(default_factory=dict)  # node -> (dimension, channels)
     program: ExportedProgram | None = field(default=None, repr=False)
     example_inputs: Any = field(default=None, repr=False)
 
@@ -363,6 +364,10 @@ def _numbered(flow: Flow, reasons: Mapping[int, str], program: ExportedProgram, 
         constants=tuple(_constants(flow, number)),
         rescales=tuple((r.tensors, r.rows, number(r.labels)) for r in flow.rescales),
         norms=norms | {node: (number(labels), groups) for node, (labels, groups) in flow.spans.items()},
+        computed={
+            node: tuple((d, axes[p]) for d in range(val.value.dim()) for p in val.places(d)[:1] if p in axes)
+            for node, val in flow.computed.items()
+        },
         program=program,
         example_inputs=example_inputs,
     )
@@ -439,6 +444,7 @@ def _without(channels: Channels, refused: Mapping[int, str]) -> Channels:
         constants=tuple(replace(c, ids=table[c.ids]) for c in channels.constants),
         rescales=tuple((names, rows, table[ids]) for names, rows, ids in channels.rescales),
         norms={node: (table[ids], groups) for node, (ids, groups) in channels.norms.items()},
+        computed={node: tuple((d, table[ids]) for d, ids in cut) for node, cut in channels.computed.items()},
     )
 
 
@@ -624,7 +630,11 @@ def masked_outputs(model: nn.Module, channels: Channels, doomed: Tensor) -> list
                 if not kind.endswith("_norm"):
                     return _statistic(node, args, kwargs, ~gone[ids])
                 return _norm(kind, args, kwargs, ~gone[ids], groups)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        value = node.target(*args, **kwargs)  # type: ignore[operator]
+        for dim, ids in channels.computed.get(node.name, ()):  # a direction of length zero is none
+            shape = [len(ids) if d == dim else 1 for d in range(value.dim())]
+            value = value.masked_fill(gone[ids].reshape(shape).to(value.device), 0)
+        return value
 
     place = placed(channels.program, held, channels.example_inputs)
     return pytree.tree_leaves(interpret(channels.program, place, call))

@@ -16,10 +16,9 @@ from torch.export import ExportedProgram
 from torch.export._tree_utils import reorder_kwargs
 from torch.export.graph_signature import InputKind
 from torch.fx import traceback
-from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
-from featherweight.core.forms import foreign, form_names
+from featherweight.core.forms import form_names
 from featherweight.core.task import as_call, device_of, eval_mode, to_device
 from featherweight.errors import BadData, TraceError
 
@@ -44,14 +43,12 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None) 
         dynamic_shapes: as torch.export takes them; every size is fixed when left out.
 
     Raises:
-        BadData: the model holds parametrizations.
+        BadData: the model holds forms.
         TraceError: torch.export refuses; says at what, and what still works without a graph.
     """
     for path, module in model.named_modules():
-        if is_parametrized(module) and not form_names(module):
-            raise BadData(f"{path or 'the model'} cannot be traced: {foreign(module)}")
-        if is_parametrized(module):
-            raise BadData(f"{path or 'the model'} still holds a parametrization: call bake(model) before tracing it")
+        if form_names(module):
+            raise BadData(f"{path or 'the model'} still holds a form: call bake(model) before tracing it")
     args, kwargs = to_device(as_call(example_inputs), device_of(model))
     # Warnings about attributes assigned while tracing (recurrent layers keep a list of their weights) concern nobody.
     with eval_mode(model), uncached(model), traceback.preserve_node_meta(), warnings.catch_warnings(), quiet():

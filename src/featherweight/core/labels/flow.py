@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from featherweight.core.labels.computed import CONSUMERS, STATISTICS, computed_weights
 from featherweight.core.task import to_device
 from featherweight.core.trace import first_names, graph_inputs, interpret, operator_name, placed, weight_tensors
 from featherweight.core.wired import Wired, refs
@@ -76,6 +77,25 @@ class Val:
     name: str | None = None  # set for a weight that arrived as it is, up to a permutation of its dimensions
     dims: tuple[int, ...] = ()  # that permutation
     data: bool = False  # a weight that entered as data: its elements have labels of their own
+    made: tuple[Val, ...] = ()  # the weights that this weight of a layer is computed of, entry by entry
+
+    @property
+    def weighs(self) -> bool:
+        """Whether this is a weight that can be cut, as it is or by what it is computed of."""
+        return self.name is not None or bool(self.made)
+
+    def places(self, dim: int) -> list[tuple[str, int]]:
+        """Which dimensions of which weights a dimension of this one is."""
+        back = dim % self.value.dim() - self.value.dim()
+        size = self.value.shape[back]
+        owners = (self,) if self.name is not None else self.made
+        fitting = [w for w in owners if w.value.dim() >= -back and w.value.shape[back] == size]
+        return [(w.name, w.dims[back]) for w in fitting if w.name is not None]
+
+    def main(self) -> str | None:
+        """The name of this weight, or of the largest that it is computed of."""
+        owners = (self,) if self.name is not None else self.made
+        return max(owners, key=lambda w: w.value.numel()).name if owners else None
 
 
 @dataclass(frozen=True)
@@ -127,6 +147,8 @@ class Flow:
     rescales: list[Rescale] = field(default_factory=list)
     norms: dict[str, Tensor] = field(default_factory=dict)  # node of a norm or of its statistic -> labels
     spans: dict[str, tuple[Tensor, int]] = field(default_factory=dict)  # node of a group norm -> labels, groups
+    computed: dict[str, Val] = field(default_factory=dict)  # node -> the weight of a layer that it computes
+    statistics: list[tuple[str, Val, tuple[int, ...]]] = field(default_factory=list)  # node, of what, over what
     names: dict[str, str] = field(default_factory=dict)  # placeholder -> weight
     aliases: dict[str, list[str]] = field(default_factory=dict)  # weight -> all its names
     entered: dict[str, str] = field(default_factory=dict)  # layer -> the weight that it is known by
@@ -138,23 +160,26 @@ class Flow:
 
     def pin_value(self, val: Val, reason: str) -> None:
         """Whatever this value holds stays."""
-        if val.name is not None:
-            self.fixed.setdefault(val.name, reason)
+        for weight in (val, *val.made):
+            if weight.name is not None:
+                self.fixed.setdefault(weight.name, reason)
         self.pin(val.labels, reason)
 
     def axis(self, val: Val, dim: int) -> Tensor:
         """Labels along a dimension of a weight, fresh ones the first time."""
-        assert val.name is not None  # held by the callers
-        key = (val.name, val.dims[dim])
-        if key not in self.axes:
-            self.axes[key] = self.unions.fresh(val.value.shape[dim])
-        return self.axes[key]
+        places = val.places(dim)
+        if not any(place in self.axes for place in places):
+            self.axes[places[0]] = self.unions.fresh(val.value.shape[dim])
+        labels = next(self.axes[place] for place in places if place in self.axes)
+        for place in places:
+            self.unions.unite(self.axes.setdefault(place, labels.clone()), labels)
+        return labels
 
     def tie(self, val: Any, dim: int, labels: Tensor | None, reason: str) -> None:
         """These labels are a weight's entries along a dimension; without labels its entries stay, for this reason."""
         if not isinstance(val, Val) or not isinstance(val.value, Tensor):
             return
-        if val.name is None:
+        if not val.weighs:
             own = val.labels if val.labels is not None and val.labels.dim() == 1 and labels is not None else None
             if own is None:
                 self.pin_value(val, reason)
@@ -164,10 +189,9 @@ class Flow:
             return
         if labels is None:
             self.pin(self.axis(val, dim), reason)
-        elif (key := (val.name, val.dims[dim])) in self.axes:
-            self.unions.unite(self.axes[key], labels)
-        else:
-            self.axes[key] = labels.clone()
+            return
+        for place in val.places(dim):
+            self.unions.unite(self.axes.setdefault(place, labels.clone()), labels)
 
     def as_data(self, val: Val) -> Val:
         """A weight that is used as data gets a label for every element."""
@@ -202,6 +226,28 @@ class Flow:
         found = self.constants[node, dim]
         found.users.append(by)
         return found.labels
+
+    def computed_weight(self, node: fx.Node, args: Any, kwargs: Any, value: Any) -> Any:
+        """A weight that a node computes out of weights; what its statistics run over is noted."""
+        given = [a for a in (*args, *kwargs.values()) if isinstance(a, Val)]
+        made = tuple({w.name: w for a in given for w in (a, *a.made) if w.name is not None}.values())
+        if operator_name(node) in STATISTICS:
+            dims = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else range(args[0].value.dim())
+            of = Val(args[0].value, made=made)
+            self.statistics.append((node.name, of, tuple(d % of.value.dim() for d in dims)))
+        elif any(operator_name(user) in CONSUMERS for user in node.users):
+            self.computed[node.name] = Val(value, made=made)
+        return tuple(Val(v, made=made) for v in value) if isinstance(value, tuple) else Val(value, made=made)
+
+    def settle_statistics(self) -> None:
+        """Notes the channels over which statistics of computed weights run; those of two dimensions at once stay."""
+        for name, val, dims in self.statistics:
+            held = {d: self.axes[p] for d in dims for p in val.places(d) if p in self.axes}
+            tables = [self.blocks[w.name] for w in val.made if w.name in self.blocks and 1 in dims]
+            for labels in (*held.values(), *tables) if len(held) + len(tables) > 1 or tables else ():
+                self.pin(labels, "a mean over more than one dimension of a computed weight")
+            for dim, labels in held.items():
+                self.norms[name] = lay(labels, dim, val.value.dim())
 
     def as_activation(self, val: Val) -> Val:
         """A weight's data as one factor among activations: settled like them."""
@@ -385,11 +431,15 @@ def flow_labels(model: nn.Module, program: ExportedProgram, example_inputs: Any)
         if node.target is operator.getitem:
             return args[0][args[1]] if isinstance(args[0], (tuple, list)) else Val(plain(args[0])[plain(args[1])])
         value = node.target(*plain(args), **plain(kwargs))  # type: ignore[operator]
+        if node in computed:
+            return flow.computed_weight(node, args, kwargs, value)
         known = RULES.get(operator_name(node), unknown)
         return known(Call(flow, node, args, kwargs, value))
 
+    computed = computed_weights(program, flow.names)
     with torch.no_grad():
         output = interpret(program, place, call)
+    flow.settle_statistics()
     for val in pytree.tree_leaves(output, is_leaf=is_val):
         if isinstance(val, Val):
             flow.pin_value(val, "output of the model")

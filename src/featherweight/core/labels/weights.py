@@ -16,9 +16,9 @@ def enter(call: Call, weight: Val, inputs: Tensor | None, outputs: Tensor | None
 
     A tied weight is noted under the layer that uses it; a second weight of one module under the weight's own name.
     """
-    if weight.name is None:
+    flow, name = call.flow, weight.main()
+    if name is None:
         return
-    flow, name = call.flow, weight.name
     name = next((n for n in flow.aliases.get(name, ()) if n.rpartition(".")[0] == owner(call.node)), name)
     path = name.rpartition(".")[0]
     if flow.entered.setdefault(path, name) != name and not {name, flow.entered[path]} & norm_names(path):
@@ -37,7 +37,7 @@ def norm_names(path: str) -> set[str]:
 def affine(call: Call, x: Val, weight: Val, bias: Any, ins: int, outs: int, dim: int = -1) -> Any:
     """A matrix of weights along one dimension of x (a linear layer, or a convolution of one group)."""
     flow = call.flow
-    if weight.name is None:
+    if not weight.weighs:
         call.pin(x, weight, bias, why="with a computed weight")
         return Val(call.value)
     arrived, elsewhere = flow.arrive(x, dim)
@@ -73,7 +73,7 @@ def conv(call: Call) -> Any:
     flow, x, weight, bias = call.flow, call.args[0], call.args[1], call.arg(2, "bias")
     groups = call.arg(6, "groups", 1)
     dim = 1 - call.value.dim() if call.value.dim() == x.value.dim() else 0
-    if groups == 1 or weight.name is None:
+    if groups == 1 or not weight.weighs:
         return affine(call, x, weight, bias, ins=1, outs=0, dim=dim)
     arrived, elsewhere = flow.arrive(x, dim)
     out = flow.axis(weight, 0)
@@ -92,10 +92,11 @@ def conv(call: Call) -> Any:
         flow.equal.append(tuple(by_group))
         if arrived is not None:
             flow.equal.append(tuple(arrived.view(groups, -1)))
-            if weight.name in flow.blocks:
-                flow.unions.unite(flow.blocks[weight.name], arrived.view(groups, -1))
-            else:
-                flow.blocks[weight.name] = arrived.view(groups, -1).clone()
+            table = arrived.view(groups, -1)
+            for name, _ in weight.places(1):
+                flow.unions.unite(flow.blocks.setdefault(name, table.clone()), table)
+                if (name, 0) not in weight.places(0):
+                    flow.pin(table, f"{call.name} with a computed weight")
     return Val(call.value, flow.settle(lay(out, dim, call.value.dim())), True)
 
 
@@ -105,7 +106,7 @@ def conv_transpose(call: Call) -> Any:
     flow, x, weight, bias = call.flow, call.args[0], call.args[1], call.arg(2, "bias")
     groups = call.arg(6, "groups", 1)
     dim = 1 - call.value.dim() if call.value.dim() == x.value.dim() else 0
-    if groups == 1 or weight.name is None:
+    if groups == 1 or not weight.weighs:
         return affine(call, x, weight, bias, ins=0, outs=1, dim=dim)
     arrived, _ = flow.arrive(x, dim)
     if arrived is None or weight.value.shape[1] != 1:
