@@ -319,6 +319,15 @@ def test_compressing_what_was_loaded_gives_what_compressing_the_original_gives(n
     assert sum(t.numel() for t in found[0].values()) < sum(t.numel() for t in net.state_dict().values())
 
 
+def test_a_single_layer_is_a_network_too(tmp_path: Path) -> None:
+    layer = nn.Linear(4, 3)
+    fw.save(layer, tmp_path / "a.fw", example_inputs=torch.randn(2, 4))
+    found = fw.load(tmp_path / "a.fw")
+    x = torch.randn(5, 4)
+    assert torch.equal(found(x), layer(x))
+    assert list(found.state_dict()) == ["weight", "bias"]
+
+
 def test_forms_on_weights_are_baked_first(net: nn.Module) -> None:
     layer = net.get_submodule("blocks.0.conv")
     attach(layer, Mask(torch.rand_like(layer.weight) > 0.5), root=net)

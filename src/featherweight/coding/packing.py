@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
@@ -50,7 +51,8 @@ def pack_tensor(tensor: Tensor, codes: Codes | None = None, *, coder: str | None
 
     Args:
         codes: the integers behind it; used if they decode to the tensor, else the values are looked at.
-        coder: "huffman", "range_coder" ("range"), "rans" ("ans"), "sparse_index" (fixed widths); None for the shortest.
+        coder: "huffman", "range_coder" ("range"), "rans" ("ans"), "sparse_index" (fixed widths), "deepcabac" ("cabac");
+            None for the shortest of the first four.
 
     Raises:
         UnknownName: there is no such coder.
@@ -125,7 +127,7 @@ def _planes(tensor: Tensor, coders: tuple[int, ...]) -> Stored | None:
         return None
     planes = list(byte_planes(tensor))
     head = _head(tensor, PLANES)
-    data = head + b"".join(pack_symbols(plane, 256, coders) for plane in planes)
+    data = head + b"".join(pack_symbols(plane, 256, coders, _widths(tensor)) for plane in planes)
     return Stored(
         data,
         counted(account(_of(tensor), PLANES, "per byte", len(data), len(head)), [counts(p, 256) for p in planes], 256),
@@ -171,7 +173,7 @@ def _ascending(values: Tensor) -> Ints:
 def _finish(
     tensor: Tensor, layout: int, side: bytes, symbols: Ints, size: int, coders: tuple[int, ...], tail: bytes = b""
 ) -> Stored:
-    stream = pack_symbols(symbols, size, coders)
+    stream = pack_symbols(symbols, size, coders, _widths(tensor))
     total = len(side) + len(stream) + len(tail)
     row = account(_of(tensor), layout, described(stream, size), total, len(side) + len(tail))
     return Stored(side + stream + tail, counted(row, [counts(symbols, size)], size))
@@ -207,6 +209,12 @@ def _product(tensor: Tensor, symbols: Tensor, rule: Product, decoded: Tensor, co
     side = _head(tensor, PRODUCT | DECLARED | (SIGNS if signs else 0)) + store(books, None, coders).data
     flat = symbols.detach().cpu().reshape(-1).long().numpy()
     return _finish(tensor, PRODUCT, side, flat, books.shape[1], coders, signs)
+
+
+def _widths(tensor: Tensor) -> tuple[int, ...]:
+    """Rows in which neighbours may be alike: all that belongs to one output, or the kernel of one input."""
+    whole = prod(tensor.shape[1:])
+    return tuple(dict.fromkeys((whole, *((prod(tensor.shape[2:]),) if tensor.dim() > 2 else ()))))
 
 
 def _signs(decoded: Tensor, tensor: Tensor, coders: tuple[int, ...]) -> bytes:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from featherweight.coding.bits import Ints, Reader, entropy_bits, pack_fixed, unpack_fixed, varint
+from featherweight.coding.coders.deepcabac import deepcabac, deepcabac_decode
 from featherweight.coding.coders.huffman import huffman, huffman_decode, huffman_size
 from featherweight.coding.coders.range_coder import entropy_coder_size, range_coder, range_decode
 from featherweight.coding.coders.rans import rans, rans_decode
@@ -17,6 +18,7 @@ from featherweight.errors import FormatError, unknown
 WIDEST = 1 << 16  # symbols that a table of code lengths or frequencies may have
 LARGEST = 1 << 32  # symbols that a stream of fixed width may have
 WIDEST_GAP = 12  # bits that a writer gives a gap; the format allows 32
+FEWEST = 32  # symbols from which contexts can have learned anything
 SYMBOL = 4  # bytes that a symbol is booked at while a file is read, and the time that it takes with them
 DENSE, GAPS, MASK = 0, 1, 2  # layouts, the low two bits of a stream's first byte
 LAYOUTS = ("dense", "gaps", "bitmask")
@@ -59,8 +61,9 @@ CODERS = (
     Coder("huffman", huffman, huffman_decode, huffman_size),
     Coder("range_coder", range_coder, range_decode, entropy_coder_size),
     Coder("rans", rans, rans_decode, entropy_coder_size),
+    Coder("deepcabac", deepcabac, deepcabac_decode, entropy_coder_size),
 )
-FIXED = 0
+FIXED, CONTEXT = 0, 4
 ALLOWED = {
     None: (0, 1, 2, 3),
     "fixed": (0,),
@@ -70,6 +73,8 @@ ALLOWED = {
     "range": (0, 2),
     "rans": (0, 3),
     "ans": (0, 3),
+    "deepcabac": (0, 4),
+    "cabac": (0, 4),
 }
 
 
@@ -84,8 +89,23 @@ def allowed(coder: str | None) -> tuple[int, ...]:
     return ALLOWED[coder]
 
 
-def pack_symbols(symbols: Ints, size: int, coders: tuple[int, ...] = ALLOWED[None]) -> bytes:
-    """The shortest of all layouts and coders for symbols in 0..size-1, at the sizes that their counts foretell."""
+def pack_symbols(
+    symbols: Ints, size: int, coders: tuple[int, ...] = ALLOWED[None], widths: Sequence[int] = ()
+) -> bytes:
+    """The shortest of all layouts and coders for symbols in 0..size-1, at the sizes that their counts foretell.
+
+    Args:
+        widths: lengths of the rows in which the symbols stand, where neighbours tell something of each other: only then
+            is the context-adaptive coder tried, which has no size that counts foretell.
+    """
+    static = _pack_static(symbols, size, tuple(c for c in coders if c != CONTEXT))
+    if CONTEXT not in coders or not widths or size <= 1 or size > WIDEST or len(symbols) < FEWEST:
+        return static
+    adaptive = bytes([DENSE | CONTEXT << 2]) + deepcabac(symbols, size, widths)
+    return min(static, adaptive, key=len)
+
+
+def _pack_static(symbols: Ints, size: int, coders: tuple[int, ...]) -> bytes:
     if size <= 1 or not len(symbols):
         return bytes([DENSE | FIXED << 2])
     if size > WIDEST:

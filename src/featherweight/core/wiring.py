@@ -359,7 +359,7 @@ class _Writer:
     def _layer_of(self, node: fx.Node) -> tuple[str | None, str]:
         """The outermost layer whose call this node belongs to: a key for that call, and the layer's path."""
         for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
-            module = _find(self.model, path)
+            module = _find(self.model, path) if path else None  # the model itself has no place to be called at
             if module is not None and is_layer(module):
                 return key, path
         return None, ""
