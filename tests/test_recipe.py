@@ -389,6 +389,13 @@ def test_a_student_and_a_teacher_by_name(tmp_path):
     assert result.report["reproduce"]["recipe"]["teacher"] == "lenet5"
 
 
+def test_what_is_looked_at_before_the_training_does_not_change_it(tmp_path):
+    alone = {**TINY, "chain": [MASKS]}
+    fw.run(alone, out=tmp_path / "a")
+    fw.run({**alone, "chain": [MASKS, "int8"], "student": TINY["model"]}, out=tmp_path / "b")
+    assert len({(tmp_path / name / "original.safetensors").read_bytes() for name in "ab"}) == 1
+
+
 def test_a_file_is_a_network(tmp_path):
     """What was compressed is compressed further, from the file alone."""
     first = fw.run({**TINY, "chain": [MASKS]}, out=tmp_path / "a")

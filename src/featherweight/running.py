@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from featherweight import catalogue, outputs, pipeline, provenance, recipe_text, sources
@@ -130,6 +131,7 @@ def _carried_out(asked: Recipe, held: Mapping[str, nn.Module], task: Task | None
     out = None if asked.out is None else Path(asked.out)
     provenance.seed_everything(asked.seed, -1)
     model = held.get("model") or _network(asked.model, asked.weights, "model", "weights")
+    made = torch.get_rng_state()
     student = held.get("student")
     if student is None and asked.student is not None:
         student = _network(asked.student, asked.student_weights, "student", "student_weights")
@@ -140,9 +142,11 @@ def _carried_out(asked: Recipe, held: Mapping[str, nn.Module], task: Task | None
         teacher = _network(asked.teacher, asked.teacher_weights, "teacher", "teacher_weights")
         task = replace(task, teacher=teacher.requires_grad_(False))
     chain = [_step(index, step) for index, step in enumerate(asked.chain)]
-    pipeline.check(model, task, chain, student=student)
+    with progress.showing(False):  # what there is to say, `compress` says
+        pipeline.check(model, task, chain, student=student)
     if out is not None:
         outputs.prepare(out)
+    torch.set_rng_state(made)  # training goes on from where building the network ended, whatever was looked at since
     if "model" not in held:
         with provenance.threads_of(asked.threads):
             _train(model, asked, task, out)
