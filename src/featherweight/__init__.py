@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from featherweight.errors import FeatherweightError
 
 if TYPE_CHECKING:
-    from featherweight import export, zoo
+    from featherweight import export, report, zoo
     from featherweight.catalogue import Entry
     from featherweight.coding import inspect, load, save, unpack
     from featherweight.core.examine import examine
@@ -46,7 +46,7 @@ _WHERE = {
     "wire": "core.wiring",
     "Wired": "core.wired",
 }
-_ROOMS = ("export", "zoo")
+_ROOMS = ("export", "report", "zoo")
 
 __all__ = [
     "FeatherweightError",
@@ -64,6 +64,7 @@ __all__ = [
     "load",
     "measure",
     "methods",
+    "report",
     "run",
     "save",
     "tracking",

@@ -63,7 +63,7 @@ def _parameter(name: str, kind: Any, default: Any) -> Parameter:
 
 
 def compress(quiet: bool, **flags: Any) -> None:
-    """Compress a network with one method or a chain, measure it, and write model.fw, model.onnx and report.json."""
+    """Compress a network with one method or a chain, measure it, write model.fw, model.onnx and the report."""
     _run(None, flags, quiet)
 
 
@@ -144,6 +144,23 @@ def verify(
 
     for line in commands.verify(directory, show=not quiet):
         print(line)
+
+
+@app.command(
+    epilog="Examples: `featherweight report runs/demo` writes runs/demo/report.html; "
+    "`featherweight report runs/a runs/b --out both.html` compares two runs"
+)
+def report(
+    run: Annotated[Path, typer.Argument(help="a folder that `compress` wrote")],
+    other: Annotated[Path | None, typer.Argument(help="another one, to compare the first with")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="the page to write (RUN/report.html; comparison.html for two runs)")
+    ] = None,
+) -> None:
+    """Write the page of a run from its report.json, or one page that shows two runs side by side."""
+    from featherweight import commands
+
+    print(commands.report(run, other, out))
 
 
 @app.command(epilog="Example: `featherweight unpack model.fw --into lenet5 --onnx out.onnx --weights out.safetensors`")

@@ -16,6 +16,7 @@ from torch import nn
 
 from featherweight import catalogue, coding, figures, pipeline, running, sources
 from featherweight import export as exporting
+from featherweight import report as pages
 from featherweight.core import progress
 from featherweight.core.task import Task, evaluate
 from featherweight.core.wired import Wired
@@ -109,6 +110,15 @@ def verify(directory: Path, *, show: bool) -> Iterator[str]:
 def _agree(what: str, found: float, reported: float) -> None:
     if abs(found - reported) > 1e-9:
         raise FormatError(f"{what} is {found}, report.json says {reported}: the files are not those of the report")
+
+
+def report(directory: Path, other: Path | None, out: Path | None) -> Path:
+    """Writes the page of a run beside its report.json, or one page that compares two runs."""
+    first = read_report(directory)
+    if other is None:
+        return pages.write(pages.page(first), out or directory / "report.html")
+    text = pages.comparison(first, read_report(other), (directory.name or str(directory), other.name or str(other)))
+    return pages.write(text, out or Path("comparison.html"))
 
 
 def unpack(file: Path, onnx: Path | None, weights: Path | None, into: str | None) -> Iterator[str]:
@@ -217,7 +227,9 @@ def show_ledger(report: Mapping[str, Any], out: Path) -> None:
     if not report["onnx"]["written"]:
         console.print(f"no ONNX file: {report['onnx']['why']}")
     console.print(
-        f"written to {out}: model.fw, model.onnx, report.json" if report["onnx"]["written"] else f"written to {out}"
+        f"written to {out}: model.fw, model.onnx, report.json, report.html"
+        if report["onnx"]["written"]
+        else f"written to {out}"
     )
 
 

@@ -44,7 +44,7 @@ def write_json(path: Path, data: Any) -> None:
 
 def take_over(fresh: Path, folder: Path) -> None:
     """Puts the whole files of a result in the place of an earlier one's; the report, which names them, comes last."""
-    for name in ("model.fw", "model.onnx", "report.json"):
+    for name in ("model.fw", "model.onnx", "report.html", "report.json"):
         if (fresh / name).exists():
             (fresh / name).replace(folder / name)
         else:

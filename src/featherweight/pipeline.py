@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from featherweight import allowed, budget, catalogue, export, recipe_text
+from featherweight import allowed, anatomy, budget, catalogue, export, recipe_text
+from featherweight import report as pages
 from featherweight.catalogue import Entry
 from featherweight.checkpoint import Checkpoints
 from featherweight.coding import SaveReport, load, save
@@ -59,7 +60,7 @@ from featherweight.recipe_model import check_settings
 Step = str | tuple[str, Mapping[str, Any]] | Callable[..., nn.Module]
 
 ONNX_GAP = 0.02  # of the metric, by which an exported file may differ from its module
-LATENCY_SECONDS = 2.0  # for each pair that is timed
+LATENCY_SECONDS = 2.0  # for each pair that is timed; half of it for the profile of layers and for their sensitivity
 
 # The (earlier, later) effects where the later method would lose what the earlier one achieved. Other orders keep it:
 # masks and codebooks stay attached while a later method trains, zeros are masked again after channels were removed.
@@ -97,7 +98,7 @@ class Result:
         return recipe_text.dump(made["recipe"])
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Writes model.fw, model.onnx (where the model can be exported) and report.json into a folder."""
+        """Writes model.fw, model.onnx (where the model can be exported), report.json and its page into a folder."""
         out = prepare(Path(directory))
         provenance = {key: self.report[key] for key in ("featherweight", "source", "chain", "seed")}
         provenance["metric"] = {"name": self.report["result"]["metric_detail"]["name"], "valid": self.report["valid"]}
@@ -106,7 +107,12 @@ class Result:
         if self.report["onnx"]["written"]:
             export.onnx(self.model, out / "model.onnx", example_inputs=inputs)
         write_json(out / "report.json", self.report)
+        self.report_html(out / "report.html")
         return out
+
+    def report_html(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the report as one HTML page, which opens without a network, and returns its path."""
+        return pages.write(pages.page(self.report), path)
 
 
 def compress(
@@ -139,7 +145,7 @@ def compress(
             ids, `(id, options)` pairs and functions.
         until: stop as soon as this holds, such as "size<=0.1x, latency<=5ms"; the whole chain runs without it.
         guard: roll a method back that breaks this, such as "drop<=0.5pt" (points of the metric on `task.valid`).
-        out: folder for model.fw, model.onnx, report.json and the checkpoints of finished methods.
+        out: folder for model.fw, model.onnx, report.json, report.html and the checkpoints of finished methods.
         seed: every method starts from a seed made of this and its place in the chain.
         resume: go on from the last finished method of the same run in `out`.
         strict: the guard must hold at the upper end of the 95 % interval of the drop, not only at the point estimate.
@@ -348,7 +354,9 @@ class _Session:
             folder = self.scratch if out is None else prepare(out)
             self.checkpoints = Checkpoints(folder / "stages", self.keys())
             progress.say("measuring the original")
+            start = time.perf_counter()
             self.before = evaluate(self.original, self.task, "valid", "evaluate the original")
+            self.evaluation_seconds = time.perf_counter() - start
             self.remarks = examine(self.template, self.inputs)
             for remark in self.remarks:
                 progress.say(f"note: {remark}")
@@ -397,6 +405,7 @@ class _Session:
             "seconds": seconds,
             "metric": after.value,
             "metric_told": str(after),
+            "metric_detail": _told(after)["metric_detail"],
             "paired_interval": _percent(paired_drop(self.before, after, self.task.metric)),
             **reached,
             "skipped": remarks.skipped,
@@ -538,27 +547,30 @@ class _Session:
         report = {**self.header(), **self._verdict(state.stages, accepted), "split": split, "remarks": self.remarks}
         valid = self.before.value if accepted is None else accepted["metric"]
         report["valid"] = valid
+        report["base"] = {**_told(self.before), **self.base}
         fresh = folder / FRESH
         fresh.mkdir(exist_ok=True)
         saved = self._save(final, fresh / "model.fw", valid)
         reloaded = load(fresh / "model.fw", into=self._fresh()).eval()
         report["file"] = self._opened(saved, reloaded, fresh / "model.fw")
         original = evaluate(self.original, self.task, split, "test the original")
-        result = evaluate(reloaded, self.task, split, "test the file")
+        reached = evaluate(reloaded, self.task, split, "test the file")
         report["original"] = {**_told(original), "bytes": raw_bytes(self.original)}
-        report["result"] = {**_told(result), "bytes": saved.bytes}
+        report["result"] = {**_told(reached), "bytes": saved.bytes}
         report["drop"] = {
-            "points": 100 * drop(original, result),
-            "paired_interval": _percent(paired_drop(original, result, self.task.metric)),
-            "paired_test": paired_test(original, result),
+            "points": 100 * drop(original, reached),
+            "paired_interval": _percent(paired_drop(original, reached, self.task.metric)),
+            "paired_test": paired_test(original, reached),
         }
         files = self._exported(report, final, fresh / "model.onnx", valid)
         if self.measure:
             self._measured(report, final, saved, files)
         report["seconds"] = time.perf_counter() - started
         write_json(fresh / "report.json", report)
+        result = Result(final, report, self.inputs)
+        result.report_html(fresh / "report.html")
         take_over(fresh, folder)
-        return Result(final, report, self.inputs)
+        return result
 
     def _opened(self, saved: SaveReport, reloaded: nn.Module, path: Path) -> dict[str, Any]:
         """Whether the file opens without the model's class, and how far what it then computes is from the model."""
@@ -591,12 +603,29 @@ class _Session:
                 "strict": self.strict,
                 "reached": not missed,
                 "binds": binds if missed else [],
+                "limits": [
+                    self._limit(limit, accepted, guard)
+                    for limits, guard in ((self.limits, False), (self.guards, True))
+                    for limit in limits
+                ],
             },
+            "accepted": None if accepted is None else stages.index(accepted),
             "coder": self.coder,
             "stages": stages,
             "layers": [],
             "environment": environment(),
             "reproduce": self.reproduce(),
+        }
+
+    def _limit(self, limit: budget.Limit, accepted: dict[str, Any] | None, guard: bool) -> dict[str, Any]:
+        """A limit of the budget or the guard in base units, beside what was reached on the validation data."""
+        return {
+            "text": limit.text,
+            "quantity": limit.quantity,
+            "guard": guard,
+            "allowed": limit.allowed(self.base),
+            "reached": None if accepted is None else accepted[limit.quantity],
+            "holds": accepted is not None and limit.holds(accepted, self.base),
         }
 
     def _measured(self, report: dict[str, Any], final: nn.Module, saved: Any, files: dict[str, Path]) -> None:
@@ -611,6 +640,17 @@ class _Session:
         report["layers"] = [
             {**row, "original": was.get(row["path"]), "left_alone": reasons.get(row["path"])} for row in after["layers"]
         ]
+        anatomy.describe(
+            report,
+            self.original,
+            final,
+            was,
+            inputs=self.inputs,
+            task=self.task,
+            before=self.before,
+            seconds=LATENCY_SECONDS / 2,
+            once=self.evaluation_seconds,
+        )
         timed = latency(self.original, final, self.inputs, files, seconds=LATENCY_SECONDS)
         report["latency"] = [asdict(row) for row in timed]
         runtime = "onnxruntime" if files else "torch"

@@ -58,6 +58,7 @@ def run(
     result.report["reproduce"] = {"recipe": told, "needs": needs, "why": ""}
     if asked.out is not None:
         outputs.write_json(Path(asked.out) / "report.json", result.report)
+        result.report_html(Path(asked.out) / "report.html")
     return result
 
 
