@@ -27,7 +27,7 @@ class Browser:
     """One Chromium with one page; close it when done."""
 
     def __init__(self, profile: Path) -> None:
-        assert BINARY is not None
+        assert BINARY is not None, "there is no Chromium: apt-get install chromium"
         theirs_in, self.outgoing = os.pipe()
         self.incoming, theirs_out = os.pipe()
         # the pipe's ends must be 3 and 4 there: they are moved out of the way of those numbers first

@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 
 import featherweight as fw
 from conftest import small_cnn, small_mlp, small_task
-from featherweight import anatomy, report
+from featherweight import anatomy, recipe_text, report
 from featherweight.cli import app
 from featherweight.core.task import evaluate
 from featherweight.errors import BadData
+from featherweight.report.reproduce import call, command, recipe, start
 from featherweight.report.source import NONE, Source
 from reports import figure, synthetic
 
@@ -162,7 +163,8 @@ def test_text_of_a_run_is_text():
     run["stages"][-1]["why"] = run["onnx"]["why"] = run["environment"]["python"] = EVIL
     run["budget"]["limits"][0]["text"] = run["result"]["metric_detail"]["name"] = EVIL
     run["layers"][0]["type"] = EVIL
-    run["command"] = {"network": EVIL, "data": EVIL}
+    run["remarks"], run["file"] = [EVIL], {"class_free": False, "why": EVIL}
+    run["reproduce"]["recipe"] = {"model": EVIL}
     for page in (report.page(run), report.comparison(run, run, (EVIL, EVIL))):
         held = Page(page)
         assert len(list(held.all("script"))) == 1, "the page's own"
@@ -263,12 +265,18 @@ def test_how_to_reproduce_quotes_for_the_shell():
     run = synthetic(1)
     run["command"] = {"network": "my net.py:build", "data": "mnist5k", "weights": None, "train": 3, "batch_size": 64}
     told = Source(run)
-    from featherweight.report.reproduce import call, command
-
     assert command(told).startswith("featherweight compress 'my net.py:build' --data mnist5k \\\n    --batch-size 64")
     assert "--method method_0:rate=0.5,epochs=0" in command(told)
     assert "--until 'size<=0.5x'" in command(told)
     compile(call(told), "call", "eval")
+    assert recipe_text.parse(recipe(told))[0] == run["reproduce"]["recipe"]
+    assert start(told) == "featherweight run recipe.yaml --out runs/again"
+    run["reproduce"]["needs"] = ["model", "task"]
+    assert 'fw.run("recipe.yaml", model=model, task=task, out="runs/again")' in start(told)
+    run["reproduce"] = {"recipe": None, "needs": [], "why": "only Python can say zero"}
+    shown = Page(report.page({**run, "command": None})).text()
+    assert "there is no recipe: only Python can say zero" in shown
+    assert "fw.compress(" in shown
 
 
 # --- what is measured of a layer --------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from featherweight.report.reproduce import call, command
+from featherweight.report.reproduce import call, command, recipe, start
 from featherweight.report.source import Figure, Source
 
 SIZES = (
@@ -76,6 +76,9 @@ def again(source: Source) -> dict[str, Any]:
     """How to get the result again: command or call, versions, machine, seed."""
     environment = {str(k): str(v) for k, v in source.mapping("environment").items() if k != "versions"}
     return {
+        "recipe": recipe(source),
+        "start": start(source),
+        "no_recipe": source.text("reproduce.why"),
         "command": command(source),
         "call": call(source),
         "versions": {str(k): str(v) for k, v in source.mapping("environment.versions").items()},
@@ -107,6 +110,16 @@ def onnx(source: Source) -> dict[str, Any]:
         "why": source.text("onnx.why"),
         "metric": source.figure("onnx.metric_valid", "metric"),
         "module": source.figure("onnx.metric_valid_of_the_module", "metric"),
+    }
+
+
+def file(source: Source) -> dict[str, Any]:
+    """Whether model.fw opens without the class that built the model, why not, and how far it then is from it."""
+    return {
+        "known": bool(source.mapping("file")),
+        "free": source.at("file.class_free") is True,
+        "why": source.text("file.why"),
+        "gap": source.figure("file.largest_difference", "gap"),
     }
 
 

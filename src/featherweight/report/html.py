@@ -69,6 +69,8 @@ def _run(source: Source) -> dict[str, Any]:
         "sizes": facts.sizes(source),
         "timings": facts.timings(source),
         "onnx": facts.onnx(source),
+        "file": facts.file(source),
+        "remarks": [str(remark) for remark in source.items("remarks")],
         "again": facts.again(source),
         "missing": facts.missing(source),
     }

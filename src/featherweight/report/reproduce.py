@@ -1,17 +1,33 @@
-"""How to get a result again: the command or the call that a report stands for."""
+"""How to get a result again: the recipe, the command or the call that a report stands for."""
 
 from __future__ import annotations
 
 import shlex
 from typing import Any
 
+from featherweight import recipe_text
 from featherweight.report.source import Source
 
 FOLDER = "runs/again"
 
 
+def recipe(source: Source) -> str:
+    """The recipe of the run as YAML; empty where there is none."""
+    held = source.mapping("reproduce.recipe")
+    return recipe_text.dump(held) if held else ""
+
+
+def start(source: Source) -> str:
+    """What carries the recipe out: a command, or a call where the recipe leaves Python objects to the reader."""
+    needs = [str(name) for name in source.items("reproduce.needs")]
+    if not needs:
+        return f"featherweight run recipe.yaml --out {FOLDER}"
+    given = "".join(f", {name}={name}" for name in needs)
+    return f'import featherweight as fw\n\nfw.run("recipe.yaml"{given}, out="{FOLDER}")'
+
+
 def command(source: Source) -> str:
-    """The shell command of a run that was started from the command line; empty for any other."""
+    """The shell command of an earlier version's run that was started from the command line; empty for any other."""
     asked = source.mapping("command")
     if not asked:
         return ""

@@ -167,7 +167,7 @@ TELL: dict[str, Callable[[float], str]] = {
     "ms": lambda v: f"{v:.3f} ms" if v < 10 else f"{v:.1f} ms",
     "seconds": lambda v: f"{v:.1f} s",
     "weight": lambda v: f"{v:.3g}",
-    "p": lambda v: f"{v:.2g}",
+    "gap": lambda v: f"{v:.2g}",
 }
 EXACT: dict[str, Callable[[float], str]] = {
     "bytes": lambda v: f"{v:,.0f} bytes",
