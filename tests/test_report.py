@@ -107,6 +107,27 @@ def test_a_run_measures_what_the_page_shows_of_its_layers(ran):
     assert ran[0].report["base"]["metric"] == pytest.approx(ran[0].report["original"]["metric"], abs=0.2)
 
 
+def test_layers_that_changed_their_kind_are_accounted_for(tmp_path):
+    """Scales of activations count with their layer, folded norms are told as gone, the class keeps its name."""
+    torch.manual_seed(0)
+    model, task = small_cnn(), small_task()
+    result = fw.compress(model, task, "int8", out=tmp_path, onnx=False, without_class=True)
+    layers = {row["path"]: row for row in result.report["layers"]}
+    assert layers.keys() <= dict(result.model.named_modules()).keys()
+    sizes = [row["coded_bytes"] for row in layers.values()]
+    tensors = fw.inspect(tmp_path / "model.fw")["tensors"]
+    assert any("/input/" in row["name"] for row in tensors)
+    assert sum(sizes) == pytest.approx(result.report["result"]["size"]["weights"], abs=len(tensors))
+    assert [row["path"] for row in result.report["layers_gone"]] == ["1", "4"]
+    assert result.report["layers_gone"][0]["histogram"]["count"] == 8
+    told = Page((tmp_path / "report.html").read_text()).text()
+    assert told.startswith("Sequential, ")
+    assert "1 BatchNorm2d 16 0 folded into its neighbour or removed" in told
+    for layer, why in result.report["stages"][0]["skipped"].items():
+        assert layer in told
+        assert why in told
+
+
 def test_save_and_report_html_write_the_same_page(ran, tmp_path):
     result, folder = ran
     saved = result.save(tmp_path / "saved")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,8 +43,10 @@ def figures_of(model: nn.Module, example_inputs: Any, saved: SaveReport) -> dict
     """The figures of `measure`, from the report of a file that was already saved."""
     counted = cost(model, example_inputs)
     layers = rows(model, counted)
+    kinds = {path: type(module).__name__ for path, module in model.named_modules()}
     for tensor in saved.tensors:
-        place = layers.setdefault(tensor.name.rpartition(".")[0], {"params": 0, "nonzeros": 0, "macs": 0, "type": ""})
+        path = _owner(tensor.name, kinds)
+        place = layers.setdefault(path, {"params": 0, "nonzeros": 0, "macs": 0, "type": kinds[path]})
         for key in BYTES:
             place[key] = place.get(key, 0) + math.ceil(getattr(tensor, key))
     return {
@@ -62,6 +64,18 @@ def figures_of(model: nn.Module, example_inputs: Any, saved: SaveReport) -> dict
         },
         "layers": [{"path": path, **row} for path, row in layers.items()],
     }
+
+
+def _owner(name: str, paths: Container[str]) -> str:
+    """The module that a tensor of a file is of: the longest path that its name begins with.
+
+    Forms of a layer's inputs and outputs stand beside it: `conv1/input/b.scale`.
+
+    >>> _owner("block.conv/input/b.scale", {"", "block", "block.conv"}), _owner("weight", {""})
+    ('block.conv', '')
+    """
+    ends = [end for end, letter in enumerate(name) if letter in "./"]
+    return next((name[:end] for end in reversed(ends) if name[:end] in paths), "")
 
 
 def rows(model: nn.Module, counted: Cost) -> dict[str, dict[str, Any]]:

@@ -338,6 +338,7 @@ class _Session:
     ) -> None:
         self.original = copy.deepcopy(model).eval().requires_grad_(False)
         subject = model if student is None else student
+        self.named = type(subject).__name__
         self.template = (wire(subject, task.inputs()) if without_class else copy.deepcopy(subject)).eval()
         self.without_class = without_class
         self.task = task if task.teacher is not None else replace(task, teacher=self.original)
@@ -446,7 +447,7 @@ class _Session:
         """What was asked for: tool, source, chain and seed."""
         return {
             "featherweight": version("featherweight"),
-            "source": {"sha256": digest(self.template), "model": type(self.template).__name__},
+            "source": {"sha256": digest(self.template), "model": self.named},
             "chain": [[e.id, {k: catalogue.plain(v) for k, v in o.items()}] for e, o in self.chain],
             "seed": self.seed,
         }

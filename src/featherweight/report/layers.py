@@ -29,7 +29,6 @@ class Layer:
     name: str
     type: str
     cells: tuple[Cell, ...]
-    left_alone: str
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,6 @@ def layers(source: Source) -> list[Layer]:
             source.text(f"{path}.path") or OWN,
             source.text(f"{path}.type"),
             tuple(column[index] for column in table),
-            source.text(f"{path}.left_alone"),
         )
         for index, path in enumerate(paths)
     ]
