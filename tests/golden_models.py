@@ -141,6 +141,51 @@ class GoldenNet(nn.Module):
         return self.head(rows)
 
 
+class Block(nn.Module):
+    """A residual block of which half is code, with a parameter and a hidden buffer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.norm, self.drop = nn.Linear(6, 6), nn.LayerNorm(6), nn.Dropout(0.25)
+        self.gain = nn.Parameter(torch.ones(6))
+        self.register_buffer("shift", torch.arange(6) / 8, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.mix(x).unflatten(-1, (2, 3)).transpose(1, 2)
+        mixed = nn.functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+        return self.norm(x + self.drop(mixed) * self.gain + self.shift)
+
+
+class GoldenGraph(nn.Module):
+    """Words through two blocks and one of them again; two inputs, one by name; outputs in a dictionary and a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(11, 6)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.blocks.append(self.blocks[0])
+        self.head = nn.Linear(6, 11, bias=False)
+
+    def forward(self, words: Tensor, *, weights: Tensor) -> dict[str, Any]:
+        x = self.words(words) * weights.unsqueeze(-1)
+        for block in self.blocks:
+            x = nn.functional.dropout(block(x), 0.5, self.training)
+        x = x + torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).to(x.dtype)
+        return {"logits": self.head(x), "states": (x, x.mean(1).masked_fill(x[:, 0] > 0, float("-inf")))}
+
+
+GRAPH_INPUTS = {"words": torch.arange(8).view(2, 4) + 3, "weights": torch.arange(8.0).view(2, 4)}
+
+
+def graph() -> nn.Module:
+    """A network that is opened without its class: tied weights, a shared block, a form, a frozen parameter."""
+    model = numbered(GoldenGraph())
+    model.head.weight = model.words.weight
+    attach(model.blocks[0].mix, ActivationGrid(0.5, 12, -128, 127), "output")
+    model.blocks[1].gain.requires_grad_(False)
+    return model.eval()
+
+
 def numbered(model: nn.Module) -> nn.Module:
     """Every parameter and buffer filled with small numbers."""
     with torch.no_grad():
@@ -190,10 +235,15 @@ GOLDEN_FILES: dict[str, tuple[Any, dict[str, Any]]] = {
     "rules_ans": (rules, {"coder": "ans"}),
     "rules_fixed": (rules, {"bare": True, "coder": "sparse_index"}),
     "types": (types, {}),
-    "network": (network, {"provenance": {"chain": ["a", "b"]}, "example_inputs": torch.zeros(2, 1, 8, 8)}),
+    "network": (network, {"provenance": {"seed": 2}, "example_inputs": torch.zeros(2, 1, 8, 8), "class_free": False}),
     "network_bare": (network, {"bare": True}),
+    "network_wired": (network, {"example_inputs": torch.zeros(2, 1, 8, 8)}),
+    "graph": (graph, {"example_inputs": GRAPH_INPUTS}),
 }
-FRESH = {network: GoldenNet}  # the class into which a file is loaded, if it is not the model as it is saved
+FRESH = {
+    network: GoldenNet,
+    graph: GoldenGraph,
+}  # the class into which a file is loaded, if it is not the model as it is saved
 
 
 def fresh(name: str) -> nn.Module:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from featherweight.coding import save
+from featherweight.coding import load, save
 from golden_models import GOLDEN_FILES, fresh
 from test_coding import Net, Tied, compressed
 
@@ -34,6 +34,10 @@ def tied() -> nn.Module:
     return model
 
 
+def wired_graph() -> nn.Module:
+    return load(GOLDEN / "graph.fw")
+
+
 @cache
 def seeds() -> tuple[Seed, ...]:
     """The golden files, and compressed networks under every coder, full and bare."""
@@ -47,4 +51,8 @@ def seeds() -> tuple[Seed, ...]:
         for bare in (False, True):
             save(tied(), path, bare=bare)
             found.append(Seed(f"tied{' bare' * bare}", path.read_bytes(), tied))
+        wired = [one for one in found if one.name in ("graph", "network_wired")]
+        found += wired * 3  # what a graph can say takes more tries
+        save(wired_graph(), path, bare=True)
+        found.append(Seed("graph bare", path.read_bytes(), wired_graph))
     return tuple(found)

@@ -6,21 +6,17 @@ checksums, which are then made right again, so that the decoders are reached.
 
 from __future__ import annotations
 
-import json
-import zlib
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
 from featherweight.coding.bits import Reader, pack_list, varint
 from featherweight.coding.container import assemble
-from featherweight.coding.manifest import WORDS, unpack_manifest
 from featherweight.coding.unpacking import read_tensor
 from featherweight.errors import FeatherweightError
+from mutated_bytes import Random, bytes_changed, cut, extreme
+from mutated_descriptions import text_changed, tree_changed, wiring_changed
 
-Random = np.random.Generator
 Parts = tuple[bytes, list[bytes], bool]
 Span = tuple[str, int, int]
 PLENTY = 1 << 40
@@ -89,57 +85,6 @@ def parts(data: bytes) -> tuple[bytes, tuple[bytes, ...], bool]:
     return manifest, tuple(records), bare
 
 
-def deflated(text: bytes) -> bytes:
-    """A description as a file holds it, whatever the text."""
-    squeeze = zlib.compressobj(6, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, WORDS)
-    return squeeze.compress(text) + squeeze.flush()
-
-
-# --- bytes ------------------------------------------------------------------------------------------------------------
-
-
-def extreme(rng: Random) -> int:
-    """A number at an edge: small, at or beside a power of two, or anything up to 2**62."""
-    kind = int(rng.integers(4))
-    if kind == 0:
-        return int(rng.integers(0, 20))
-    if kind == 1:
-        return max(0, (1 << int(rng.integers(0, 63))) + int(rng.integers(-2, 3)))
-    if kind == 2:
-        return int(rng.choice([0, 127, 128, 255, 256, 65535, 65536, 65537, 2**31 - 1, 2**31, 2**32, 2**40, 2**63 - 1]))
-    return int(rng.integers(0, 1 << int(rng.integers(1, 62))))
-
-
-def bytes_changed(data: bytes, rng: Random) -> bytes:
-    """A few bits flipped; bytes set, removed, doubled, moved, inserted, or set to what a length looks like."""
-    out = bytearray(data)
-    for _ in range(int(rng.integers(1, 5))):
-        if not out:
-            return bytes(rng.integers(0, 256, size=3, dtype=np.uint8))
-        at = int(rng.integers(min(len(out), 12) if rng.random() < 0.3 else len(out)))
-        kind, some = int(rng.integers(7)), int(rng.integers(1, 9))
-        if kind == 0:
-            out[at] ^= 1 << int(rng.integers(8))
-        elif kind == 1:
-            out[at] = int(rng.choice([0, 1, 0x0F, 0x7F, 0x80, 0xF0, 0xFF]))
-        elif kind == 2:
-            del out[at : at + some]
-        elif kind == 3:
-            out[at:at] = out[at : at + some]
-        elif kind == 4:
-            out[at : at + 1] = varint(extreme(rng))
-        elif kind == 5:
-            out[at:at] = rng.integers(0, 256, size=some, dtype=np.uint8).tobytes()
-        else:
-            other = int(rng.integers(len(out)))
-            out[at : at + some] = out[other : other + some]
-    return bytes(out)
-
-
-def cut(data: bytes, rng: Random) -> bytes:
-    return data[: int(rng.integers(len(data)))]
-
-
 def field_changed(record: bytes, rng: Random) -> bytes:
     """One to three fields of a record replaced by numbers at an edge, other codes, or more or fewer bytes."""
     out = bytearray(record)
@@ -153,104 +98,6 @@ def field_changed(record: bytes, rng: Random) -> bytes:
         else:
             out[start:end] = bytes_changed(bytes(out[start:end]), rng)
     return bytes(out)
-
-
-# --- the description --------------------------------------------------------------------------------------------------
-
-RAW = (  # texts that json.dumps would not write
-    "NaN",
-    "Infinity",
-    "-Infinity",
-    "1e999",
-    "-0",
-    "9" * 400,
-    "9" * 5000,
-    "1" + "0" * 4000,
-    "0.1e-400",
-    '"\\ud800"',
-    '"\\u0000"',
-    '"\\u001b[2J"',
-    "[" * 300 + "]" * 300,
-    "[" * 40_000,
-    '{"a":' * 300 + "1" + "}" * 300,
-    '{"type":"Sequential","layers":{"0":' * 9 + '{"type":"ReLU","args":{}}' + "}}" * 9,
-    '{"type":"Identity","args":{},"type":"Linear"}',
-    "[" + "[]," * 20_000 + "0]",
-    "{" + ",".join(f'"{i}":0' for i in range(20_000)) + "}",
-    "[1,]",
-    "",
-)
-ODD: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 7, 2**31, -(2**31), 2**40, 2**62, 2**63, 2**64, 10**30, 0.5, -0.5, 1e308, 5e-324,
-    "", "a", ".", "..", "a.b", "__class__", "_parameters", "forward", "weight", "0", "ключ", "\N{GRINNING FACE}",
-    "a\nb", "\u202e", "x" * 5000, [], [[]], {}, [0], [1, 2], ["a"], [None], {"a": 1}, {"same": "conv1"},
-    {"type": "Linear", "args": {"in_features": 2**20, "out_features": 2**20, "bias": True}}, {"type": "Sequential"},
-    {"type": "Half", "settings": {"bits": 1}, "tensors": {"b.factor": 0}}, {"shape": [2**40], "dtype": "float32"},
-)  # fmt: skip
-
-
-def tree_changed(manifest: bytes, rng: Random) -> bytes:
-    """The description with some of its values, keys or subtrees replaced, removed, repeated, moved or nested."""
-    data: Any = unpack_manifest(manifest)
-    raw: list[str] = []
-    for _ in range(int(rng.integers(1, 4))):
-        places = list(_places(data))
-        if not places:
-            return deflated(b'{"names":["a","a"]}')
-        at = int(rng.integers(len(places)))
-        if rng.random() < 0.4:  # near the root, where the parts are
-            at = int(rng.integers(min(len(places), 12)))
-        _change(places, at, raw, rng)
-    text = json.dumps(data, separators=(",", ":"), ensure_ascii=bool(rng.integers(2)))
-    for number, piece in enumerate(raw):
-        text = text.replace(f'"@raw{number}@"', piece)
-    return deflated(text.encode("utf-8", "surrogatepass"))
-
-
-def _places(value: Any) -> Any:
-    """Every (container, key) of a tree, outer ones first."""
-    held = [value]
-    for one in held:
-        items = list(one.items()) if isinstance(one, dict) else list(enumerate(one))
-        for key, inner in items:
-            yield one, key
-            if isinstance(inner, (dict, list)):
-                held.append(inner)
-
-
-def _change(places: list[Any], at: int, raw: list[str], rng: Random) -> None:
-    owner, key = places[at]
-    kind = int(rng.integers(9))
-    if kind <= 1:
-        owner[key] = json.loads(json.dumps(ODD[int(rng.integers(len(ODD)))]))
-    elif kind == 2:
-        owner[key] = f"@raw{len(raw)}@"
-        raw.append(RAW[int(rng.integers(len(RAW)))])
-    elif kind == 3:
-        del owner[key]
-    elif kind == 4:
-        other, place = places[int(rng.integers(len(places)))]
-        owner[key] = json.loads(json.dumps(other[place])) if _has(other, place) else None
-    elif kind == 5 and isinstance(owner, dict):
-        new = rng.choice(["a", "", "conv1", "names", "same", "type", "0", "__class__", "b.forward", "p.", "x" * 3000])
-        owner[str(new)] = owner.pop(key)
-    elif kind == 6:
-        for _ in range(int(rng.integers(1, 30))):
-            owner[key] = [owner[key]] if rng.integers(2) else {"a": owner[key]}
-    elif kind == 7 and isinstance(owner, list):
-        owner += owner[: int(rng.integers(1, 9))] * int(rng.choice([1, 1, 1, 300]))
-    elif isinstance(owner[key], (int, float)):
-        owner[key] = int(extreme(rng)) * int(rng.choice([-1, 1]))
-    else:
-        owner[key] = str(owner[key])[:50] + str(rng.choice(["", "x", ".0", "\N{COMBINING ACUTE ACCENT}"]))
-
-
-def _has(owner: Any, key: Any) -> bool:
-    return key in owner if isinstance(owner, dict) else key < len(owner)
-
-
-def text_changed(manifest: bytes, rng: Random) -> bytes:
-    return deflated(bytes_changed(json.dumps(unpack_manifest(manifest)).encode(), rng))
 
 
 # --- whole records ----------------------------------------------------------------------------------------------------
@@ -325,8 +172,17 @@ def resigned(data: bytes, rng: Random) -> tuple[str, bytes]:
     manifest, some, bare = parts(data)
     records = list(some)
     what = "other header"
-    if manifest and rng.random() < 0.45:
-        change = (tree_changed, tree_changed, tree_changed, text_changed, bytes_changed)[int(rng.integers(5))]
+    if manifest and rng.random() < 0.5:
+        changes = (
+            tree_changed,
+            tree_changed,
+            tree_changed,
+            wiring_changed,
+            wiring_changed,
+            text_changed,
+            bytes_changed,
+        )
+        change = changes[int(rng.integers(7))]
         what, manifest = f"description: {change.__name__}", change(manifest, rng)
         if rng.random() < 0.1:
             also, records = records_changed(records, rng)

@@ -27,10 +27,10 @@ from featherweight.core.forms import Codes, activation_forms, bake, codes_of, fo
 from featherweight.core.ledger import note
 from featherweight.core.progress import track
 from featherweight.core.task import as_call
-from featherweight.core.wire_data import hidden_tensors, wired_from, wiring_data
+from featherweight.core.wire_data import check_calls, hidden_tensors, wired_from, wiring_data
 from featherweight.core.wired import Wired
 from featherweight.core.wiring import wire
-from featherweight.errors import BadData, FeatherweightError, FormatError
+from featherweight.errors import BadData, FeatherweightError, FormatError, shown
 
 MAGIC = b"FW"
 VERSION = 1
@@ -282,21 +282,32 @@ def load(path: str | Path, into: nn.Module | None = None, *, limit: int | None =
     with reading(path):
         if into is None:
             return _without_class(contents)
-        return fill(into, contents.manifest, contents.records, contents.bare)
+        filled = fill(into, contents.manifest, contents.records, contents.bare)
+        if isinstance(filled, Wired):
+            check_calls(filled)
+        return filled
 
 
 def _without_class(contents: Contents) -> nn.Module:
     if not contents.manifest["wiring"]:
         why = "it is a bare file" if contents.bare else "it was written without the model's graph"
         raise FormatError(f"the file needs the model's class, since {why}: pass into=, a fresh model of that class")
+    manifest, own = contents.manifest, contents.manifest["wiring"].get("own")
     tensors = {name: packed.tensor for name, packed in _records(contents).items()}
-    wired = wired_from(contents.manifest["wiring"], {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()})
-    fill(wired, {**contents.manifest, "swaps": {}, "edits": {}, "kept": [], "wiring": {}}, contents.records, False)
-    for name in contents.manifest["hidden"]:
+    wired = wired_from(manifest["wiring"], {n: (tuple(t.shape), t.dtype) for n, t in tensors.items()})
+    try:
+        fill(wired, {**manifest, "swaps": {}, "edits": {}, "kept": [], "wiring": {}}, contents.records, False)
+    except BadData as error:  # there is no class that could be another one
+        raise FormatError(f"the file is corrupt: {str(error).partition(': pass')[0]}") from None
+    for name in manifest["hidden"]:
+        if own.get(name) != "n":
+            raise FormatError(f"the file is corrupt: it hides a tensor {shown(name)}, which its network does not have")
         holder, _, leaf = name.rpartition(".")
         wired.get_submodule(holder)._buffers[leaf] = tensors[name].clone()
-    if any(t.is_meta for t in (*wired.parameters(), *wired.buffers())):
-        raise FormatError("the file is corrupt: the network has a tensor that the file does not hold")
+    for name, tensor in (*wired.named_parameters(), *wired.named_buffers()):
+        if tensor.is_meta:
+            raise FormatError(f"the file is corrupt: its network has a tensor {shown(name)}, which it does not hold")
+    check_calls(wired)
     return wired.eval()
 
 

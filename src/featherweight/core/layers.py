@@ -118,18 +118,26 @@ def _build_sequential(layers: Any, depth: int) -> nn.Sequential:
         raise FormatError(f"the file describes a Sequential without layers, or more than {DEEPEST} inside one another")
     built = nn.Sequential()
     for name, inner in layers.items():
-        if not name or "." in name or hasattr(built, name):
+        if not plain_name(name) or hasattr(built, name):
             raise FormatError(f"the file calls a layer of a Sequential {shown(name)}, which is no name for a layer")
         built.add_module(name, build_layer(inner, depth + 1))
     return built
 
 
-def _count(spec: Any, depth: int = 0) -> int:
-    """The number of layers that a spec describes, itself included."""
-    layers = spec.get("layers") if isinstance(spec, dict) else None
+def plain_name(name: str) -> bool:
+    """Whether a file may give a module or tensor this name: what torch and we call our own parts is not among them."""
+    return 0 < len(name) <= 256 and "." not in name and not name.startswith(("fw_", "_fw_", "parametrizations"))
+
+
+def count_layers(spec: Any, depth: int = 0) -> int:
+    """The number of layers that a spec describes, itself included; each of a recurrent network counts."""
+    layers, args = (spec.get("layers"), spec.get("args")) if isinstance(spec, dict) else (None, None)
+    several = args.get("num_layers") if isinstance(args, dict) else None
+    if isinstance(several, int):
+        return max(1, several)
     if not isinstance(layers, dict) or depth > DEEPEST:
         return 1
-    return 1 + sum(_count(inner, depth + 1) for inner in layers.values())
+    return 1 + sum(count_layers(inner, depth + 1) for inner in layers.values())
 
 
 def check_swaps(swaps: dict[str, Any]) -> None:
@@ -138,7 +146,7 @@ def check_swaps(swaps: dict[str, Any]) -> None:
     Raises:
         FormatError: there are too many, a path lies inside another one, or a layer is the same as one not described.
     """
-    sizes = {path: _count(spec) for path, spec in swaps.items() if "same" not in spec}
+    sizes = {path: count_layers(spec) for path, spec in swaps.items() if "same" not in spec}
     total = 0
     for path, spec in swaps.items():
         first = spec.get("same", path)

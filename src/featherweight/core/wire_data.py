@@ -7,19 +7,21 @@ same; tensors as {"w": name}; everything else as it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from featherweight.core.forms import ACTIVATIONS, own_modules
-from featherweight.core.layers import build_layer, layer_spec
+from featherweight.core.layers import MOST as MOST_LAYERS
+from featherweight.core.layers import build_layer, count_layers, layer_spec, plain_name
 from featherweight.core.operators import SIZES, schema_types
 from featherweight.core.wired import Device, Held, Input, Outputs, Place, Ref, Step, Training, Wired, Wiring
-from featherweight.errors import FormatError
+from featherweight.errors import FormatError, shown
 
 MOST = 1 << 17  # modules, steps, tensors, conditions of one network
+DEEPEST_MODULE = 64  # modules that may stand inside one another
 DEEPEST = 24  # nesting of arguments, outputs and conditions
 LARGEST = 1 << 28  # elements of an example input, or of a tensor that a step makes from plain numbers
 DTYPES: dict[str, torch.dtype] = {
@@ -33,6 +35,7 @@ FORMATS: dict[str, torch.memory_format] = {
     str(f).removeprefix("torch."): f
     for f in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 }
+FORMS = frozenset(f"fw_{at}" for at in ACTIVATIONS)  # what a form is called on its module
 MAKERS = "zeros ones full empty new_zeros new_ones new_full new_empty eye arange linspace expand repeat tile"
 FACTORIES = frozenset(MAKERS.split())
 
@@ -154,51 +157,102 @@ def wired_from(data: Mapping[str, Any], shapes: Mapping[str, tuple[tuple[int, ..
         FormatError: the data describe no network that a file may hold.
     """
     modules, own = _part(data, "modules", dict), _part(data, "own", dict)
-    wired = Wired(wiring_from(data, {*shapes}))
+    if sum(count_layers(spec) for spec in modules.values()) > MOST_LAYERS:
+        raise FormatError(f"the file describes more than the {MOST_LAYERS} layers that a file may")
+    wired = Wired(wiring_from(data))
     made: dict[str, nn.Module] = {}
+    shared: set[str] = set()
     with torch.device("meta"):
         for path, spec in modules.items():
-            made[path] = _built(path, spec, made)
+            made[path] = _built(_path(path), spec, made, shared)
             _holder(wired, path).add_module(path.rpartition(".")[2], made[path])
         for name, kind in own.items():
             _give(wired, name, kind, shapes)
-    for step in wired.wiring.steps:
-        if step.target.startswith("@") and not _callable(step.target[1:], modules, made):
-            raise FormatError(f"the network calls the layer {step.target[1:80]!r}, which the file does not describe")
+    _measure(wired, {})
+    check_calls(wired, forms=False)
     return wired
+
+
+def check_calls(wired: Wired, *, forms: bool = True) -> None:
+    """Checks that every layer and tensor that the steps use is there, and every form once forms are attached.
+
+    Raises:
+        FormatError: one is not.
+    """
+    modules = dict(wired.named_modules(remove_duplicate=False))
+    tensors = {name for name, _ in wired.named_parameters(remove_duplicate=False)}
+    tensors |= {name for name, _ in wired.named_buffers(remove_duplicate=False)}
+    for step in wired.wiring.steps:
+        path = step.target.removeprefix("@")
+        waits = not forms and path.rpartition(".")[2] in FORMS
+        if path != step.target and not waits and isinstance(modules.get(path), (Place, Wired, type(None))):
+            raise FormatError(f"the network calls the layer {shown(path)}, which the file does not describe")
+    for name in held_names((*wired.wiring.steps, wired.wiring.output)):
+        if name not in tensors:
+            raise FormatError(f"the network uses a tensor {shown(name)}, which is not there")
+
+
+def held_names(value: Any) -> Iterator[str]:
+    """The names of the tensors in steps, arguments or outputs."""
+    if isinstance(value, Held):
+        yield value.name
+    elif isinstance(value, Step):
+        yield from held_names((value.args, tuple(v for _, v in value.kwargs)))
+    elif isinstance(value, (tuple, list, dict)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from held_names(inner)
+
+
+def _measure(module: nn.Module, known: dict[int, tuple[int, int]], depth: int = 0) -> tuple[int, int]:
+    """Modules and tensors at every path below a module, and how deep they lie; places may share others.
+
+    Raises:
+        FormatError: they are too many, or too deep, to be walked.
+    """
+    size, height = known.get(id(module), (0, 0))
+    if not size and depth <= DEEPEST_MODULE:
+        size = 1 + len(module._parameters) + len(module._buffers)
+        for inner in module._modules.values():
+            if inner is not None:
+                below, deeper = _measure(inner, known, depth + 1)
+                size, height = size + below, max(height, deeper + 1)
+        known[id(module)] = (size, height)
+    if size > MOST or depth + height > DEEPEST_MODULE:
+        raise FormatError(
+            f"the file describes more than {MOST} modules and tensors, or modules more than {DEEPEST_MODULE} deep"
+        )
+    return size, height
 
 
 def _part(data: Mapping[str, Any], key: str, kind: type) -> Any:
     found = data.get(key)
     if not isinstance(found, kind) or (isinstance(found, (list, dict)) and len(found) > MOST):
-        raise FormatError(f"the description of the network is corrupt: {key}")
+        raise FormatError(f"the description of the network is corrupt: its {key} are missing, or too many")
     return found
 
 
-def _built(path: str, spec: Any, made: Mapping[str, nn.Module]) -> nn.Module:
-    _path(path)
-    if spec == 0:
+def _built(path: str, spec: Any, made: Mapping[str, nn.Module], shared: set[str]) -> nn.Module:
+    """The module for a path; what stands at two paths is complete from then on, so that nothing contains itself."""
+    steps = path.split(".")
+    if any(".".join(steps[:end]) in shared for end in range(1, len(steps))):
+        raise FormatError(f"the file puts {shown(path)} into a module that already stands at several paths")
+    if _whole(spec) and spec == 0:
         return Place()
     if not isinstance(spec, dict):
-        raise FormatError(f"the description of the network is corrupt: the layer {path}")
-    if "same" in spec:
-        if spec["same"] not in made or (isinstance(made[spec["same"]], Place) and path.startswith(f"{spec['same']}.")):
-            raise FormatError(
-                f"the file says that {path} is the layer {str(spec['same'])[:80]!r}, which is none before"
-            )
-        return made[spec["same"]]
-    return build_layer(spec)
+        raise FormatError(f"the file describes {shown(path)} as {shown(spec)}, which is no layer")
+    if "same" not in spec:
+        return build_layer(spec)
+    first = spec["same"]
+    if not isinstance(first, str) or first not in made or path.startswith(f"{first}."):
+        raise FormatError(f"the file says that {shown(path)} is the layer {shown(first)}, which is none before")
+    shared |= {path, first}
+    return made[first]
 
 
 def _path(path: Any) -> str:
-    if not isinstance(path, str) or len(path) > 512 or path.count(".") > 64 or not all(map(_plain, path.split("."))):
-        raise FormatError(f"the file names {str(path)[:80]!r}, which is no path of a module or tensor")
+    if not isinstance(path, str) or path.count(".") >= DEEPEST_MODULE or not all(map(plain_name, path.split("."))):
+        raise FormatError(f"the file names {shown(path)}, which is no path of a module or tensor")
     return path
-
-
-def _plain(name: str) -> bool:
-    """Whether a module or tensor may have this name; those of forms are given by `attach` alone."""
-    return 0 < len(name) <= 256 and not name.startswith("fw_")
 
 
 def _holder(wired: Wired, path: str) -> nn.Module:
@@ -206,18 +260,18 @@ def _holder(wired: Wired, path: str) -> nn.Module:
     try:
         holder = wired.get_submodule(parent)
     except AttributeError:
-        raise FormatError(f"the file puts {path} into {parent!r}, which it does not describe") from None
+        raise FormatError(f"the file puts {shown(path)} into {shown(parent)}, which it does not describe") from None
     if not isinstance(holder, (Place, Wired)):
-        raise FormatError(f"the file puts {path} into a layer")
+        raise FormatError(f"the file puts {shown(path)} into a layer")
     if hasattr(holder, name) or name == "wiring":
-        raise FormatError(f"the file gives the name {path} twice, or to something that every module has")
+        raise FormatError(f"the file gives the name {shown(path)} twice, or to something that every module has")
     return holder
 
 
 def _give(wired: Wired, name: str, kind: Any, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
     holder, leaf = _holder(wired, _path(name)), name.rpartition(".")[2]
     if name not in shapes or kind not in ("p", "b", "n"):
-        raise FormatError(f"the file says that the network has a tensor {name}, and holds none")
+        raise FormatError(f"the file says that the network has a tensor {shown(name)}, and holds none")
     shape, dtype = shapes[name]
     blank = torch.empty(shape, dtype=dtype, device="meta")
     if kind == "p":
@@ -227,25 +281,14 @@ def _give(wired: Wired, name: str, kind: Any, shapes: Mapping[str, tuple[tuple[i
         holder.register_buffer(leaf, blank, persistent=kind == "b")
 
 
-def _callable(path: str, modules: Mapping[str, Any], made: Mapping[str, nn.Module]) -> bool:
-    parent, _, name = path.rpartition(".")
-    form = name.removeprefix("fw_") in ACTIVATIONS and name.startswith("fw_")
-    if form:  # whether it is there is known once the forms are attached
-        return not parent or parent in modules
-    return path in made and not isinstance(made[path], Place)
-
-
-def wiring_from(data: Mapping[str, Any], tensors: set[str] | None = None) -> Wiring:
-    """The wiring in the data of a network, checked.
-
-    Args:
-        tensors: the names that it may use; None where they are not known.
+def wiring_from(data: Mapping[str, Any]) -> Wiring:
+    """The wiring in the data of a network, checked but for the layers and tensors that it uses (`check_calls`).
 
     Raises:
-        FormatError: it refers to results or tensors that are not there, or calls what no file may call.
+        FormatError: it refers to results that are not there, or calls what no file may call.
     """
     inputs = tuple(_input_from(given) for given in _part(data, "inputs", list))
-    read = _Reader(tensors)
+    read = _Reader()
     names = tuple(_word(n) for n in _part(data, "names", list))
     steps = tuple(read.step(s, len(inputs) + i) for i, s in enumerate(_part(data, "steps", list)))
     conditions = tuple(_condition_from(c, inputs) for c in _part(data, "conditions", list))
@@ -259,12 +302,12 @@ def wiring_from(data: Mapping[str, Any], tensors: set[str] | None = None) -> Wir
 
 def _word(name: Any) -> str:
     if not isinstance(name, str) or not name.isidentifier() or len(name) > 128:
-        raise FormatError(f"the description of the network is corrupt: {str(name)[:80]!r} is no name of an argument")
+        raise FormatError(f"the description of the network is corrupt: {shown(name)} is no name of an argument")
     return name
 
 
 def _input_from(data: Any) -> Input:
-    fits = isinstance(data, list) and len(data) == 5 and data[0] in DTYPES
+    fits = isinstance(data, list) and len(data) == 5 and isinstance(data[0], str) and data[0] in DTYPES
     if not fits or not all(_whole_list(part) for part in data[1:3]) or not all(map(_whole, data[3:])):
         raise FormatError("the description of the network is corrupt: an input")
     dtype, shape, free, low, high = data
@@ -296,7 +339,7 @@ def _condition_from(data: Any, inputs: tuple[Input, ...], depth: int = 0) -> Any
             raise FormatError("the description of the network is corrupt: a condition on a size that no input has")
         return ("size", *rest)
     if not isinstance(name, str) or name not in CONDITIONS or not rest:
-        raise FormatError(f"the description of the network is corrupt: a condition with {str(name)[:40]!r}")
+        raise FormatError(f"the description of the network is corrupt: a condition with {shown(name)}")
     return (name, *(_condition_from(inner, inputs, depth + 1) for inner in rest))
 
 
@@ -306,8 +349,7 @@ CONDITIONS = frozenset(SIZES) - {"size", "item", "ite"}
 class _Reader:
     """Reads arguments; counts what it read, so that a small file cannot describe endless ones."""
 
-    def __init__(self, tensors: set[str] | None) -> None:
-        self.tensors = tensors
+    def __init__(self) -> None:
         self.left = 64 * MOST
 
     def step(self, data: Any, number: int) -> Step:
@@ -353,14 +395,14 @@ class _Reader:
             return self._tree(kind, held, number, depth)
         if kind == "r" and _whole(held) and 1 <= held <= number:
             return Ref(number - held)
-        if kind == "w" and isinstance(held, str) and (self.tensors is None or held in self.tensors):
+        if kind == "w" and isinstance(held, str):
             return Held(held)
         simple: dict[str, Mapping[str, Any]] = {"dtype": DTYPES, "format": FORMATS, "float": NOT_FINITE}
         if kind in simple and isinstance(held, str) and held in simple[kind]:
             return simple[kind][held]
         if kind in ("training", "device"):
             return Training() if kind == "training" else Device()
-        raise FormatError(f"the network uses {kind[:40]!r} {str(held)[:80]!r}, which is not there")
+        raise FormatError(f"the network uses {shown(kind)} {shown(held)}, which is not there")
 
     def _tree(self, kind: str, held: Any, number: int, depth: int) -> Any:
         if kind == "tuple" and isinstance(held, list):
@@ -376,7 +418,10 @@ NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 def _form_or_path(path: str) -> None:
     parent, _, name = path.rpartition(".")
-    _path(parent if name in {f"fw_{at}" for at in ACTIVATIONS} and parent else path.replace("fw_", ""))
+    if name not in FORMS:
+        _path(path)
+    elif parent:
+        _path(parent)
 
 
 def _scalar(value: Any) -> Any:
@@ -403,12 +448,12 @@ def _fits(target: str, args: list[Any], kwargs: Mapping[str, Any]) -> None:
             raise FormatError(f"{target} without its argument {name}")
     for name, value in given.items():
         if not _suits(value, named[name]):
-            raise FormatError(f"{target} with {str(value)[:60]!r} for {name}, which takes {named[name]}")
+            raise FormatError(f"{target} with {shown(value)} for {name}, which takes {named[name]}")
     if target.split(".")[1] in FACTORIES:
         sizes = [v for v in given.values() if isinstance(v, (int, list)) and not isinstance(v, bool)]
         for size in sizes:
             if math.prod(abs(n) for n in (size if isinstance(size, list) else [size]) if _whole(n)) > LARGEST:
-                raise FormatError(f"{target} of {str(size)[:60]} elements: more than a file may ask for")
+                raise FormatError(f"{target} of {shown(size)} elements: more than a file may ask for")
 
 
 SUITS: tuple[tuple[str, type | tuple[type, ...]], ...] = (
