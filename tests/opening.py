@@ -56,18 +56,17 @@ def opened(path: Path, fresh: Callable[[], nn.Module] | None, baseline: int | No
     size = path.stat().st_size
     forget_peak()
     before = status("VmRSS") if baseline is None else baseline
-    ways: dict[str, Callable[[], Any]] = {
-        "unpack": lambda: _bounded(unpack(path).values(), size),
-        "codes": lambda: unpack_codes(path),
-        "inspect": lambda: inspect(path),
-        "alone": lambda: _sound(load(path), path),
+    ways: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
+        "unpack": (lambda: unpack(path), lambda found: _bounded(found.values(), size)),
+        "codes": (lambda: unpack_codes(path), _nothing),
+        "inspect": (lambda: inspect(path), _nothing),
+        "alone": (lambda: load(path), lambda model: _sound(model, path)),
     }
     if fresh is not None:
-        ways["into"] = lambda: _sound(load(path, into=fresh()), path)
-    for way, call in ways.items():
-        start = time.process_time()
-        _answer(outcome, way, call)
-        outcome.seconds = max(outcome.seconds, time.process_time() - start)
+        model = fresh()
+        ways["into"] = (lambda: load(path, into=model), lambda model: _sound(model, path))
+    for way, (call, check) in ways.items():
+        _answer(outcome, way, call, check)
     outcome.grown = status("VmHWM") - before
     if outcome.seconds > SECONDS:
         outcome.wrong.append(f"took {outcome.seconds:.1f} s")
@@ -79,14 +78,22 @@ def opened(path: Path, fresh: Callable[[], nn.Module] | None, baseline: int | No
 def opened_tensor(data: bytes) -> Outcome:
     """The same for the bytes of one tensor."""
     outcome = Outcome()
-    _answer(outcome, "tensor", lambda: _bounded([unpack_tensor(data)], len(data)))
+    _answer(outcome, "tensor", lambda: unpack_tensor(data), lambda tensor: _bounded([tensor], len(data)))
     return outcome
 
 
-def _answer(outcome: Outcome, way: str, call: Callable[[], Any]) -> None:
+def _nothing(found: Any) -> None:
+    """All that there is to check of what was only looked at."""
+
+
+def _answer(outcome: Outcome, way: str, call: Callable[[], Any], check: Callable[[Any], None]) -> None:
+    start = time.process_time()
     try:
-        call()
+        found = call()
+        outcome.seconds = max(outcome.seconds, time.process_time() - start)
+        check(found)
     except FeatherweightError as error:
+        outcome.seconds = max(outcome.seconds, time.process_time() - start)
         sentence = str(error)
         outcome.answers.append((way, type(error).__name__, sentence))
         if len(sentence) > LONGEST or not sentence.isprintable():

@@ -12,7 +12,7 @@ from featherweight.coding.records import DTYPES
 from featherweight.errors import BadOption, FormatError, shown
 
 FREE, PER_BYTE, LARGEST = 1 << 20, 64, 16 << 20  # JSON may have 1 MiB and 64 bytes a deflated byte, at most 16 MiB
-NODES = 1 << 19  # values of all kinds that it may have: each takes about a hundred bytes while it is looked at
+NODES = 1 << 18  # values of all kinds that it may have: each takes about a hundred bytes while it is looked at
 DEPTH = 64  # values that may stand inside one another
 LONGEST = 512  # characters of a name
 INPUTS = 1 << 28  # elements of an example input, which a command may make

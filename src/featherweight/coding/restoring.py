@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from featherweight.catalogue import entries
 from featherweight.coding.unpacking import Packed
+from featherweight.core import grids  # noqa: F401 - the form that files have most, known without importing all rooms
 from featherweight.core.arguments import agrees
 from featherweight.core.blueprint import restructure
 from featherweight.core.forms import ACTIVATIONS, Form, attach, declare_codes, own_modules

@@ -42,9 +42,13 @@ OPAQUE = (Tensor, type, ModuleType)  # whose attributes no file sets
 def swapped(model: nn.Module) -> dict[str, nn.Module]:
     """The outermost modules that were put in place of the class's own, by path."""
     found: dict[str, nn.Module] = {}
+    inside: set[str] = set()
     for path, module in model.named_modules(remove_duplicate=False):
-        if getattr(module, "_fw_swapped", False) and not any(path.startswith(p + ".") for p in found):
-            found[path] = module
+        within = path != "" and path.rpartition(".")[0] in inside
+        if within or (path and getattr(module, "_fw_swapped", False)):
+            inside.add(path)
+            if not within:
+                found[path] = module
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -60,7 +61,7 @@ LEAVES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     for t in kinds
 }
 DEEPEST = 8  # Sequentials that may stand inside one another
-MOST = 1 << 14  # layers that a file may describe, those of a layer that stands at several paths counted at each
+MOST = 1 << 13  # layers that a file may describe, those of a layer that stands at several paths counted at each
 TYPES: dict[type[nn.Module], str] = {t: name for name, (t, _) in LEAVES.items()}
 
 
@@ -107,10 +108,19 @@ def build_layer(spec: Any, depth: int = 0) -> nn.Module:
         if not fits(kind, key, value):
             raise FormatError(f"the file gives {kind} {shown(value)} as {key}, which no layer of this kind can have")
     try:
-        return make(**args)
+        return make(**args) if torch.get_default_device().type != "meta" else _blank(make, args)
     except (ArithmeticError, AssertionError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0][:200]
         raise FormatError(f"the file describes a {kind} that cannot be built: {reason}") from None
+
+
+def _blank(make: type[nn.Module], args: dict[str, Any]) -> nn.Module:
+    """A layer on the meta device without torch's random start: there is nothing to fill, and it would take longest."""
+    layer = make.__new__(make)
+    object.__setattr__(layer, "reset_parameters", lambda: None)
+    make.__init__(layer, **args)
+    del layer.__dict__["reset_parameters"]
+    return layer
 
 
 def _build_sequential(layers: Any, depth: int) -> nn.Sequential:
@@ -133,8 +143,8 @@ def count_layers(spec: Any, depth: int = 0) -> int:
     """The number of layers that a spec describes, itself included; each of a recurrent network counts."""
     layers, args = (spec.get("layers"), spec.get("args")) if isinstance(spec, dict) else (None, None)
     several = args.get("num_layers") if isinstance(args, dict) else None
-    if isinstance(several, int):
-        return max(1, several)
+    if isinstance(several, int):  # two matrices and two biases each, and as many for the way back
+        return 4 * max(1, several)
     if not isinstance(layers, dict) or depth > DEEPEST:
         return 1
     return 1 + sum(count_layers(inner, depth + 1) for inner in layers.values())

@@ -67,19 +67,22 @@ def _modules(wired: Wired) -> dict[str, Any]:
     """Every module by path: 0 for one that only holds others, a layer's description, or where it is the same as."""
     found: dict[str, Any] = {}
     first: dict[int, str] = {}
-    layers: list[str] = []
+    layers: set[str] = set()
     for path, module in own_modules(wired, remove_duplicate=False):
-        if not path or any(path.startswith(f"{p}.") for p in layers):
+        if not path:
+            continue
+        if path.rpartition(".")[0] in layers:  # what is inside of a layer, or of a module that stood before, is said
+            layers.add(path)
             continue
         earlier = first.setdefault(id(module), path)
         if earlier != path:
             found[path] = {"same": earlier}
-            layers.append(path)
+            layers.add(path)
         elif isinstance(module, Place):
             found[path] = 0
         else:
             found[path] = layer_spec(module)
-            layers.append(path)
+            layers.add(path)
     return found
 
 
