@@ -40,6 +40,8 @@ def move(call: Call) -> Any:
     x = flow.as_data(x)
     if call.name == "index_select" and x.labels is None and call.args[2].name is not None:
         return Val(call.value, lay(flow.axis(call.args[2], 0), call.args[1], call.value.dim()))  # picked before
+    if call.name == "expand_as" and x.labels is None:
+        return widened(call, x, call.args[1])
     for other in call.values()[1:]:
         if call.name not in ("view_as", "reshape_as", "expand_as"):
             call.pin(other, why="as an index")
@@ -53,6 +55,14 @@ def move(call: Call) -> Any:
     found = moved(call, x, labels)
     record(call, x, found)
     return found
+
+
+def widened(call: Call, x: Val, like: Val) -> Val:
+    """What is the same for all channels, repeated for each channel of another value: it follows that one's size."""
+    at = carrier(like.labels)
+    if at is None or (-at <= x.value.dim() and x.value.shape[at] > 1):
+        return Val(call.value)
+    return Val(call.value, like.labels)
 
 
 def permutation(call: Call, x: Val) -> tuple[int, ...] | None:

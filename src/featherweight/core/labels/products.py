@@ -55,6 +55,7 @@ def carried(call: Call, kept: list[tuple[Val, int, Val]], dims: int) -> Tensor |
         shared = at < -2 and -at <= other.value.dim() and other.value.shape[at] > 1
         if shared and carrier(other.labels) != at:
             call.pin(val, why="beside a factor of fixed size")
+            continue
         if labels is not None:
             if shared:
                 call.flow.unions.unite(labels, own)
