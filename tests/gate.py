@@ -1,25 +1,37 @@
-"""What every architecture must pass: it is wired, loses three channels in ten, and still computes what masking does."""
+"""What every architecture must pass: it is wired, loses three channels in ten, and still computes what masking does.
+
+`python gate.py name file.json` does all of it for one: also the file in a fresh process, training and ONNX.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
 import math
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from architectures import Architecture
+import featherweight as fw
+from architectures import ARCHITECTURES, Architecture
+from architectures_text import TEXT
 from featherweight.core.channels import Channels, channel_groups, masked_outputs, remove_channels
 from featherweight.core.double import Double
 from featherweight.core.task import as_call
 from featherweight.core.wired import Wired
 from featherweight.core.wiring import wire
 from removal import gap, randomise
+from reopened import floats
 
 OUTPUT = "output of the model"
 
@@ -83,3 +95,76 @@ def removal_error(one: Found) -> float:
         remove_channels(one.wired, gone, channels=one.channels)
         args, kwargs = as_call(one.inputs)
         return gap(pytree.tree_leaves(one.wired(*args, **kwargs)), expected)
+
+
+def stale(model: nn.Module) -> list[str]:
+    """Layers whose attributes disagree with the sizes of their weights."""
+    found = []
+    for path, m in model.named_modules():
+        shape = tuple(m.weight.shape) if isinstance(getattr(m, "weight", None), Tensor) else ()
+        match m:
+            case nn.Linear():
+                said: tuple[int, ...] = (m.out_features, m.in_features)
+            case nn.modules.conv._ConvTransposeNd():
+                said, shape = (m.in_channels, m.out_channels // m.groups), shape[:2]
+            case nn.modules.conv._ConvNd():
+                said, shape = (m.out_channels, m.in_channels // m.groups), shape[:2]
+            case nn.LayerNorm() | nn.RMSNorm():
+                said = tuple(m.normalized_shape)
+            case nn.modules.batchnorm._BatchNorm():
+                said = (m.num_features,)
+            case nn.GroupNorm():
+                said = (m.num_channels,)
+            case nn.Embedding():
+                said = (m.num_embeddings, m.embedding_dim)
+            case _:
+                continue
+        if shape and said != shape:
+            found.append(path)
+    return found
+
+
+def reopened(model: Wired, inputs: Any) -> dict[str, Any]:
+    """What a fresh process without transformers finds when it opens the model's file: see `reopened.py`."""
+    args, kwargs = as_call(inputs)
+    with tempfile.TemporaryDirectory() as name, torch.no_grad():
+        folder = Path(name)
+        report = fw.save(model, folder / "model.fw", example_inputs=inputs)
+        torch.save({"inputs": inputs, "outputs": floats(model.eval()(*args, **kwargs))}, folder / "call.pt")
+        script = [sys.executable, str(Path(__file__).with_name("reopened.py")), str(folder)]
+        done = subprocess.run(script, capture_output=True, text=True, check=False, env=os.environ)
+        if done.returncode:
+            return {"failed": "the file: " + done.stderr.strip().splitlines()[-1]}
+        return {"bytes": report.bytes, **json.loads((folder / "found.json").read_text())}
+
+
+def passed(name: str) -> dict[str, Any]:
+    """Everything about one architecture, JSON-able; `failed` says what did not work."""
+    architecture = (ARCHITECTURES | TEXT)[name]
+    architecture.build()  # imports what the network needs
+    facts: dict[str, Any] = {}
+    try:
+        one = found(architecture)
+        sizes = [[d in i.free for d in range(len(i.shape))] for i in one.wired.wiring.inputs]
+        facts |= {
+            "wiring_seconds": one.wiring_seconds,
+            "groups_seconds": one.groups_seconds,
+            "steps": len(one.wired.wiring.steps),
+            "free_sizes": sizes,
+            "channels": one.channels.count,
+            "outputs": sum(len(ids) for ids in one.channels.outputs.values()),
+            "prunable": prunable(one.channels),
+            "pins": pins(one.channels),
+            "parameters": sum(p.numel() for p in one.wired.parameters()),
+        }
+        facts["removal_error"] = removal_error(widened(one))
+        remove_channels(one.wired, doomed(one.channels), channels=one.channels)
+        facts |= {"parameters_left": sum(p.numel() for p in one.wired.parameters()), "stale": stale(one.wired)}
+        facts |= reopened(one.wired, one.inputs)
+    except fw.FeatherweightError as error:
+        facts["failed"] = str(error)
+    return facts
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(passed(sys.argv[1])))
