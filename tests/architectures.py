@@ -389,3 +389,17 @@ OWN: dict[str, Architecture] = {
 }
 
 ARCHITECTURES: dict[str, Architecture] = VISION | OWN
+
+# At the size that is in use: only how long tracing takes, and what can be removed.
+REAL: dict[str, Architecture] = {
+    "ResNet-50, 224 px": Architecture(of("ResNetForImageClassification", "ResNetConfig"), partial(images, 224)),
+    "ConvNeXT-tiny, 224 px": Architecture(of("ConvNextForImageClassification", "ConvNextConfig"), partial(images, 224)),
+    "Swin-tiny, 224 px": Architecture(of("SwinForImageClassification", "SwinConfig"), partial(images, 224)),
+    "ViT-base, 224 px": Architecture(of("ViTForImageClassification", "ViTConfig"), partial(images, 224)),
+    "BERT-base, 128 words": Architecture(
+        of("BertForSequenceClassification", "BertConfig"), lambda: {"input_ids": torch.randint(3, 999, (2, 128))}
+    ),
+    "GPT-2, 128 words": Architecture(
+        of("GPT2LMHeadModel", "GPT2Config"), lambda: {"input_ids": torch.randint(3, 999, (2, 128))}
+    ),
+}

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from featherweight.core.double import Double
+from featherweight.core.example import smaller
 from featherweight.core.labels import Flow, Literal, compact, components, flow_labels, step_of
 from featherweight.core.ledger import note, skip
 from featherweight.core.rewiring import Pick, picking
@@ -279,8 +280,10 @@ def channel_groups(model: nn.Module, example_inputs: Any) -> Channels:
         BadData: the model holds parametrizations (bake it first).
         TraceError: torch.export refuses the model.
     """
-    program = trace(model, example_inputs)
     example_inputs = to_device(example_inputs, device_of(model))
+    if isinstance(model, Wired):
+        example_inputs = smaller(model, example_inputs, as_call(example_inputs))
+    program = trace(model, example_inputs)
     with eval_mode(model):
         flow = flow_labels(model, program, example_inputs)
     channels = _probed(model, _numbered(flow, _pins(flow), program, example_inputs))
@@ -473,7 +476,7 @@ def _probed(model: nn.Module, channels: Channels) -> Channels:
 
     First all kinds at once, by halves where that fails; then sets of kinds such that every two are once apart, for
     sizes that must agree although nothing couples their channels (one read off the other's tensor at run time): such
-    pairs must lose equally many.
+    pairs must lose equally many. Sizes are tried without values where the code allows that.
     """
     lab = _Lab(model, channels)
     refused: dict[int, str] = {}
@@ -485,12 +488,14 @@ def _probed(model: nn.Module, channels: Channels) -> Channels:
         else:
             trials[i] = kind, together
 
-    def difference(chosen: Iterable[int]) -> str | None:
+    difference = lab.difference
+
+    def tried(chosen: Iterable[int]) -> str | None:
         doomed = [trials[i][1] for i in chosen]
-        return lab.difference(channels.legal(torch.cat(doomed).unique())) if doomed else None
+        return difference(channels.legal(torch.cat(doomed).unique())) if doomed else None
 
     def grow(part: list[int], accepted: list[int]) -> list[int]:
-        reason = difference([*accepted, *part])
+        reason = tried([*accepted, *part])
         if reason is None:
             return [*accepted, *part]
         if len(part) == 1:
@@ -501,13 +506,12 @@ def _probed(model: nn.Module, channels: Channels) -> Channels:
     accepted = grow(list(trials), [])
     ties: list[tuple[Tensor, ...]] = []
     apart = [[i for n, i in enumerate(accepted) if n >> bit & 1] for bit in range(len(accepted).bit_length())]
-    if any(difference(part) is not None for part in apart):
-        alone = {i: reason for i in accepted if (reason := difference([i])) is not None}
+    difference = lab.misfit if lab.hollowed() else lab.difference
+    if any(tried(part) is not None for part in apart):
+        alone = {i: reason for i in accepted if (reason := tried([i])) is not None}
         while alone:
             i, reason = alone.popitem()
-            partner = next(
-                (j for j in alone if len(trials[i][0]) == len(trials[j][0]) and not difference([i, j])), None
-            )
+            partner = next((j for j in alone if len(trials[i][0]) == len(trials[j][0]) and not tried([i, j])), None)
             if partner is None:
                 refused |= dict.fromkeys(trials[i][0].tolist(), reason)
             else:
@@ -557,7 +561,7 @@ class _Lab:
         try:
             with torch.no_grad(), Double() if dtype == torch.float64 else nullcontext():
                 expected = masked_outputs(trial, replace(self.channels, example_inputs=inputs), torch.empty(0))
-                wrong = _verdict(trial, inputs, expected, exact)
+                wrong = None if isinstance(trial, Wired) else _verdict(trial, inputs, expected, exact)
         except (RuntimeError, TypeError):
             return False
         if wrong is None:
@@ -567,7 +571,7 @@ class _Lab:
     def difference(self, doomed: Tensor) -> str | None:
         """Why removing these channels is not the same as masking them, or None where it is."""
         channels = replace(self.channels, example_inputs=self.inputs)
-        with torch.no_grad(), Double() if self.dtype == torch.float64 else nullcontext():
+        with torch.no_grad(), self.precision():
             expected = masked_outputs(self.model, channels, doomed)
             undo = _remove(self.model, channels, doomed)
             try:
@@ -575,6 +579,34 @@ class _Lab:
             finally:
                 for step in reversed(undo):
                     step()
+
+    def hollowed(self) -> bool:
+        """Makes a copy without values, on which a trial costs next to nothing; False where the code asks for values."""
+        meta = torch.device("meta")
+        held = {id(t): t.detach().to(meta) for t in weight_tensors(self.model).values()}
+        held |= {id(p): nn.Parameter(held[id(p)], requires_grad=False) for p in self.model.parameters()}
+        self.hollow, self.blank = copy.deepcopy(self.model, held), to_device(self.inputs, meta)
+        args, kwargs = as_call(self.blank)
+        try:
+            with torch.no_grad(), self.precision():
+                self.shapes = pytree.tree_leaves(self.hollow(*args, **kwargs))
+        except Exception:  # whatever the user's code makes of such tensors
+            return False
+        return True
+
+    def misfit(self, doomed: Tensor) -> str | None:
+        """Why the code does not run after this removal, or gives outputs of other shapes; needs `hollowed`."""
+        with torch.no_grad(), self.precision():
+            undo = _remove(self.hollow, self.channels, doomed)
+            try:
+                return _verdict(self.hollow, self.blank, self.shapes, 0.0)
+            finally:
+                for step in reversed(undo):
+                    step()
+
+    def precision(self) -> Any:
+        """In which the copies run."""
+        return Double() if self.dtype == torch.float64 else nullcontext()
 
 
 def _verdict(model: nn.Module, inputs: Any, expected: Sequence[Any], tolerance: float) -> str | None:
@@ -595,7 +627,7 @@ def _differ(expected: Sequence[Any], found: Any, tolerance: float) -> str | None
             continue
         if a.shape != b.shape:
             return f"the output's shape would change from {tuple(a.shape)} to {tuple(b.shape)}"
-        if a.is_floating_point() and a.numel():
+        if a.is_floating_point() and a.numel() and not a.is_meta:
             gap = float((a - b).abs().max() / a.abs().max().clamp_min(1e-12))
             if not gap <= tolerance and not torch.equal(a.isnan(), torch.ones_like(a, dtype=torch.bool)):
                 return f"the model's code does not follow a removal (its output would move by {gap:.1e})"
@@ -800,11 +832,14 @@ def _remove(
 
 def _cut(tensor: Tensor, keep: Tensor, dim: int) -> Tensor:
     """Keeps entries along a dimension; a mask (groups, inputs of a group) keeps columns of each group of rows."""
-    keep = keep.to(tensor.device)
+
+    def part(of: Tensor, mask: Tensor, along: int) -> Tensor:
+        return of.index_select(along, mask.nonzero().flatten().to(tensor.device))
+
     if keep.dim() == 1:
-        return tensor.index_select(dim, keep.nonzero().flatten())
+        return part(tensor, keep, dim)
     groups = tensor.unflatten(0, (len(keep), -1))
-    return torch.cat([g[:, k] for g, k in zip(groups, keep, strict=True)])
+    return torch.cat([part(g, k, 1) for g, k in zip(groups, keep, strict=True)])
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

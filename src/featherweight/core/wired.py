@@ -155,7 +155,7 @@ class Wired(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the steps on what was given."""
-        values: list[Any] = [*self._given(args, kwargs)]
+        values: list[Any] = [*self.given(args, kwargs)]
         plan = self._plan()
         marked = traceback.has_preserved_node_meta()
         for number, (run, spent) in enumerate(plan.steps):
@@ -182,7 +182,7 @@ class Wired(nn.Module):
         placed = (*args, *(kwargs.get(name) for name in names[len(args) : last]))
         return placed, {name: value for name, value in kwargs.items() if name not in names}
 
-    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The tensors among the arguments in order, checked."""
         wiring = self.wiring
         if len(args) > len(wiring.names):

@@ -26,6 +26,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export._tree_utils import reorder_kwargs
 from torch.utils import _pytree as pytree
 
+from featherweight.core.example import smaller
 from featherweight.core.forms import ACTIVATIONS, Form, activation_form, activation_forms, bake, form_names, own_modules
 from featherweight.core.layers import TYPES
 from featherweight.core.opaque import NAME, opaque_layers
@@ -229,22 +230,22 @@ def limited(seconds: float) -> Iterator[None]:
     Raises:
         TraceError: the time was up.
     """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGPROF"):
         yield
         return
 
     def late(number: int, frame: Any) -> None:
         raise _Late
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 0.2)  # again and again: one may end up in a finalizer
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 0.2)  # again and again: one may end up in a finalizer
     try:
         yield
     except _Late:
         raise TraceError(f"tracing with symbolic sizes took longer than {seconds:g} s") from None
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 # --- writing the graph down -------------------------------------------------------------------------------------------
@@ -634,6 +635,7 @@ def _checked(model: nn.Module, wired: Wired, given: Call) -> Wired:
     conditions = wired.wiring.conditions
     if not all(evaluate_size(c, sizes) for c in conditions):
         raise TraceError("the conditions of the trace do not hold for its own inputs")
+    given = smaller(wired, given, given)
     wired.wiring = replace(wired.wiring, conditions=())
     for changed in _variants(wired.wiring, conditions, given):
         try:
@@ -695,6 +697,7 @@ def _differs(expected: Any, wired: Wired, call: Call) -> str:
 
 def _variants(wiring: Wiring, conditions: Sequence[Any], given: Call) -> Iterator[Call]:
     """The call at other sizes: every free size by itself larger and smaller, sizes that are tied together."""
+    shapes = [t.shape for t in pytree.tree_leaves(_ordered(wiring, given)) if isinstance(t, Tensor)]
     ties: dict[tuple[int, int], tuple[int, int]] = {}
     for condition in conditions:
         if condition[0] == "eq" and all(isinstance(c, tuple) and c[0] == "size" for c in condition[1:]):
@@ -703,7 +706,7 @@ def _variants(wiring: Wiring, conditions: Sequence[Any], given: Call) -> Iterato
     for number, found in enumerate(wiring.inputs):
         for d in found.free:  # sizes that are the same at the same place differ together, as those of a batch do
             tied = ties.get((number, d), (number, d))
-            classes[tied[1], wiring.inputs[tied[0]].shape[tied[1]]].append((number, d))
+            classes[tied[1], shapes[tied[0]][tied[1]]].append((number, d))
     for (d, size), places in classes.items():
         others = (1, size + 1) if d == 0 else (size + 1, 2 * size, size // 2, size - 1, 1)
         for other in dict.fromkeys(n for n in others if n > 0 and n != size):
