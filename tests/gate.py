@@ -47,10 +47,29 @@ class Found:
     groups_seconds: float
 
 
+def settle(model: nn.Module, inputs: Any) -> None:
+    """Gives batch norms the statistics of the inputs, which would otherwise be lost behind many small weights."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            nn.init.kaiming_normal_(module.weight)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    args, kwargs = as_call(inputs)
+    for norm in norms:
+        norm.momentum = 0.9
+    if norms:
+        with torch.no_grad():
+            model.train()(*args, **kwargs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
+
+
 def found(architecture: Architecture, seed: int = 0) -> Found:
     """Builds, wires and traces an architecture with random weights."""
     torch.manual_seed(seed)
     model, inputs = randomise(architecture.build().eval(), seed), architecture.inputs()
+    settle(model, inputs)
     start = time.process_time()
     wired = wire(model, inputs)
     middle = time.process_time()

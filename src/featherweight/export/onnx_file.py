@@ -224,12 +224,29 @@ def _program(model: nn.Module, call: Call, *, dynamic: bool) -> Any:
     shapes = by_name(model, *pytree.tree_map(free, (args, kwargs))) if dynamic else None
     try:
         with _quiet():
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            return copying(torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False))
     except Exception as error:  # torch.export raises many kinds
         raise TraceError(
             f"{type(model).__name__} cannot be traced ({first_line(error)}): write the forward pass without that, "
             "or keep the module itself (model.fw with load(into=...) needs no graph)"
         ) from error
+
+
+def copying(program: Any) -> Any:
+    """The same program in which what was moved is copied before it takes another shape.
+
+    Where attention's own layout makes that copy needless torch leaves it out, and then takes attention apart into steps
+    with another layout, in which it is missing. A copy is nothing in ONNX.
+    """
+    aten = torch.ops.aten
+    shaped = (aten.reshape.default, aten.view.default, aten.flatten.using_ints, aten._unsafe_view.default)
+    moved = (aten.transpose.int, aten.permute.default, aten.contiguous.default)
+    for node in [n for n in program.graph.nodes if n.target in shaped and n.args[0].target in moved]:
+        with program.graph.inserting_before(node):
+            made = program.graph.call_function(aten.clone.default, node.args[:1])
+        made.kwargs, made.meta = {"memory_format": torch.contiguous_format}, dict(node.args[0].meta)
+        node.args = (made, *node.args[1:])
+    return program
 
 
 def _to_onnx(program: Any, names: tuple[list[str], list[str]], opset: int) -> ModelProto:
