@@ -94,10 +94,17 @@ def test_layers_and_names_are_those_of_the_model(net: nn.Module) -> None:
 def test_train_and_eval_mean_what_they_meant(net: nn.Module) -> None:
     wired = wire(net, X)
     assert torch.equal(wired(X)["logits"], wired(X)["logits"])
+    net = copy.deepcopy(net).train()
     wired.train()
-    before = wired.get_buffer("blocks.0.norm.running_mean").clone()
+    outputs = []
+    for model in (net, wired):
+        torch.manual_seed(5)
+        outputs.append(model(X)["logits"])
+    assert torch.equal(outputs[0], outputs[1])
     assert not torch.equal(wired(X)["logits"], wired(X)["logits"])  # dropout
-    assert not torch.equal(before, wired.get_buffer("blocks.0.norm.running_mean"))
+    for name, buffer in net.named_buffers():
+        if name.endswith("running_mean"):
+            assert not torch.equal(buffer, torch.zeros_like(buffer))
 
 
 class Functional(nn.Module):
@@ -203,9 +210,10 @@ def test_recurrent_layers_stay_layers(kind: type[nn.Module], options: dict[str, 
     assert any(step.target == "@rnn" for step in wired.wiring.steps)
     ids = torch.randint(0, 9, (3, 8))
     found, expected = wired(ids), model(ids)
+    a, b = found
     assert torch.equal(found.a, expected.a)
-    assert torch.equal(found["b"], expected.b)
-    assert torch.equal(found[0], expected[0])
+    assert torch.equal(b, expected.b)
+    assert torch.equal(found[0], a)
 
 
 def test_tied_tensors_and_shared_modules_stay_one() -> None:
@@ -326,6 +334,203 @@ def test_a_single_layer_is_a_network_too(tmp_path: Path) -> None:
     x = torch.randn(5, 4)
     assert torch.equal(found(x), layer(x))
     assert list(found.state_dict()) == ["weight", "bias"]
+
+
+class Coded(nn.Module):
+    """A layer, and code that a test gives."""
+
+    def __init__(self, code: Any) -> None:
+        super().__init__()
+        self.l = nn.Linear(3, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.w = nn.Parameter(torch.ones(3))
+        self.code = code
+
+    def forward(self, x: Tensor, *more: Any, **named: Any) -> Any:
+        return self.code(self, x, *more, **named)
+
+
+def coded(code: Any) -> nn.Module:
+    torch.manual_seed(3)
+    model = Coded(code)
+    model.norm.running_mean.uniform_(-1, 1)
+    return model.eval()
+
+
+def even_flipped(net: Any, x: Tensor) -> Tensor:
+    if x.shape[1] % 2 == 0:
+        x = x.flip(1)
+    return net.l(x.cumsum(1))
+
+
+def last_sixteen(net: Any, x: Tensor) -> Tensor:
+    if x.shape[1] > 8:
+        x = x[:, -16:]
+    return net.l(x)
+
+
+@pytest.mark.parametrize(("code", "other"), [(even_flipped, 7), (last_sixteen, 20)])
+@pytest.mark.parametrize("example", [torch.zeros(2, 8, 3), torch.randn(2, 8, 3)])
+def test_a_condition_is_kept_whatever_the_example_holds(code: Any, other: int, example: Tensor) -> None:
+    model = coded(code)
+    wired = wire(model, example)
+    x = torch.randn(2, 8, 3)
+    assert torch.allclose(wired(x), model(x))
+    try:
+        found = wired(torch.ones(2, other, 3))
+    except BadData as error:
+        assert "size 1 of input 0" in str(error)  # noqa: PT017 - a refusal is as good as the right answer
+    else:
+        assert torch.allclose(found, model(torch.ones(2, other, 3)))
+
+
+def test_an_empty_batch_is_refused_where_it_is_another_network() -> None:
+    model = coded(lambda net, x: x.new_ones(0, 7) if x.shape[0] == 0 else net.l(x))
+    with pytest.raises(BadData, match="size 0 of input 0 >= 1"):
+        wire(model, torch.randn(2, 3))(torch.ones(0, 3))
+
+
+def without_gradient(net: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        h = net.l(x)
+    return h * net.w
+
+
+def without_autocast(net: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        h = x.float() * net.w
+    return net.l(h)
+
+
+@pytest.mark.parametrize("code", [without_gradient, without_autocast])
+def test_what_gets_gradients_is_what_got_them(code: Any) -> None:
+    model, x = coded(code), torch.randn(2, 3)
+    wired = wire(model, x)
+    grads = []
+    for net in (model, wired):
+        net(x).square().sum().backward()
+        grads.append({name: None if p.grad is None else p.grad.clone() for name, p in net.named_parameters()})
+    assert {n for n, g in grads[0].items() if g is not None} == {n for n, g in grads[1].items() if g is not None}
+    for name, grad in grads[0].items():
+        assert grad is None or torch.allclose(grad, grads[1][name])
+
+
+def frozen(net: Any, x: Tensor) -> Tensor:
+    x = F.batch_norm(x, net.norm.running_mean, net.norm.running_var, net.norm.weight, net.norm.bias, training=False)
+    return F.dropout(net.l(F.dropout(x, 0.5, training=False)), 0.25, net.training)
+
+
+def test_what_is_frozen_stays_frozen_while_it_trains() -> None:
+    model, x = coded(frozen), torch.randn(64, 3)
+    wired = wire(model, x)
+    outputs = []
+    for net in (model.train(), wired.train()):
+        torch.manual_seed(0)
+        outputs.append(net(x))
+    assert torch.equal(outputs[0], outputs[1])
+    assert (outputs[1] == 0).any()
+    assert torch.equal(model.norm.running_mean, wired.norm.running_mean)  # type: ignore[union-attr, arg-type]
+
+
+def test_modules_that_the_class_keeps_in_evaluation_mode_stay_there(tmp_path: Path) -> None:
+    class Kept(Net):
+        def train(self, mode: bool = True) -> Kept:
+            super().train(mode)
+            self.blocks.eval()
+            return self
+
+    model = filled(Kept())
+    fw.save(model, tmp_path / "a.fw", example_inputs=X)
+    found = fw.load(tmp_path / "a.fw").train()
+    assert not found.get_submodule("blocks.0.norm").training
+    assert found.get_submodule("drop").training
+
+
+def test_an_argument_that_was_traced_with_another_value_than_its_default_must_be_given() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            return x * scale
+
+    wired = wire(Scaled(), (torch.ones(2), 2.0))
+    assert torch.equal(wired(torch.ones(3), 2.0), torch.full((3,), 2.0))
+    with pytest.raises(BadData, match="'scale' is missing"):
+        wired(torch.ones(2))
+    with pytest.raises(BadData, match="given by place and by name"):
+        wired(torch.ones(2), 2.0, x=torch.ones(2))
+    assert torch.equal(wire(Scaled(), (torch.ones(2), 1.0))(torch.ones(2)), torch.ones(2))
+
+
+def test_boolean_and_whole_numbers_are_not_the_same_input() -> None:
+    def masked(net: Any, x: Tensor, mask: Tensor) -> Tensor:
+        return net.l(x).masked_fill(mask, 0) if mask.dtype == torch.bool else net.l(x) * mask
+
+    class Masked(Coded):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+            return masked(self, x, mask)
+
+    wired = wire(Masked(None), (torch.randn(2, 3), torch.ones(2, 3, dtype=torch.long)))
+    with pytest.raises(BadData, match=r"torch\.bool"):
+        wired(torch.randn(2, 3), torch.ones(2, 3, dtype=torch.bool))
+
+
+def test_wiring_a_model_leaves_it_and_the_process_alone() -> None:
+    import logging
+    import signal
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(1))
+            self.config = type("C", (), {})()
+            self.config.limit = 100
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen += 1
+            return x[:, : self.config.limit] * 2
+
+    model = Counting()
+    before = set(vars(model))
+    signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    signal.setitimer(signal.ITIMER_PROF, 60)
+    logging.disable(logging.INFO)
+    try:
+        wire(model, torch.randn(2, 20))
+        assert signal.getitimer(signal.ITIMER_PROF)[0] > 1
+        assert logging.root.manager.disable == logging.INFO
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        logging.disable(logging.NOTSET)
+    assert float(model.seen) == 0
+    assert set(vars(model)) == before
+    model.config.limit = 8
+    assert wire(model, torch.randn(2, 20))(torch.ones(2, 20)).shape == (2, 8)
+
+
+class Asking(nn.Module):
+    """Layers that are asked for more than a plain call: an output size, indices, an initial state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(1, 1, 3, stride=2)
+        self.pool = nn.MaxPool2d(2, return_indices=True)
+        self.gru = nn.GRU(4, 5, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.up(x, output_size=(8, 8)))[0].flatten(1, 2)
+        return self.gru(x, torch.ones(1, x.shape[0], 5))[0]
+
+
+def test_layers_that_are_asked_for_more_than_a_plain_call(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Asking().eval(), torch.randn(2, 1, 3, 3)
+    assert fw.save(model, tmp_path / "a.fw", example_inputs=x).class_free
+    assert torch.allclose(fw.load(tmp_path / "a.fw")(x), model(x))
+
+
+def test_what_is_made_on_the_way_is_made_where_the_inputs_are() -> None:
+    wired = wire(coded(lambda net, x: torch.arange(x.shape[1], device=x.device)), torch.randn(2, 5))
+    assert wired(torch.ones(2, 7, device="meta")).device.type == "meta"
 
 
 def test_forms_on_weights_are_baked_first(net: nn.Module) -> None:

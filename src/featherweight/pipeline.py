@@ -40,7 +40,7 @@ from featherweight.core.task import (
     run,
     to_device,
 )
-from featherweight.core.wiring import remember, wire
+from featherweight.core.wiring import recalling, wire
 from featherweight.errors import BadData, BadOption, BadRecipe, CompressionError, FeatherweightError, within
 from featherweight.figures import figures_of, latency, paired_test, rows
 from featherweight.outputs import FRESH, prepare, take_over, write_json
@@ -192,7 +192,7 @@ def compress(
             student=student,
             without_class=without_class,
         )
-        with tracking.tracking(trackers, logs, session.told()):
+        with recalling(), tracking.tracking(trackers, logs, session.told()):
             return session.run(None if out is None else Path(out), resume)
 
 
@@ -398,7 +398,6 @@ class _Session:
             baked = bake(copy.deepcopy(candidate))
             after = evaluate(baked, self.task, "valid", f"evaluate {entry.id}")
             reached = self._figures(baked, self._save(baked, self.checkpoints.file(index, "fw"), after.value).bytes)
-            remember(baked, candidate)  # tracing is slow: the next file needs it anew only if the structure changes
         reached["drop"] = 100 * drop(self.before, after)
         record = {
             "method": entry.id,

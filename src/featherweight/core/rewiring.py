@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from featherweight.core.wired import Held, Ref, Step, Wiring
+from featherweight.core.wired import Fields, Held, Ref, Step, Wiring
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ def renumbered(value: Any, numbers: Mapping[int, int]) -> Any:
             return Ref(numbers[value.number])
         case Step():
             return Step(value.target, renumbered(value.args, numbers), renumbered(value.kwargs, numbers))
+        case Fields():
+            return Fields(value.names, [renumbered(v, numbers) for v in value])
         case dict():
             return type(value)((k, renumbered(v, numbers)) for k, v in value.items())
         case tuple() | list():

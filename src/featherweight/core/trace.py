@@ -28,19 +28,29 @@ STILL_WORKS = "masks, quantized weights and weight sharing still work on it, wha
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keeps torch's own account of a trace that failed to itself: the error says it in one sentence."""
+    before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
-def trace(model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None) -> ExportedProgram:
+def trace(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    dynamic_shapes: Any = None,
+    gradients: bool = False,
+    training: bool = False,
+) -> ExportedProgram:
     """The model's graph in evaluation mode, as torch.export sees it (strict=False); the model is left as it was.
 
     Args:
         example_inputs: a tensor, a tuple of arguments, or a dictionary of keyword arguments.
         dynamic_shapes: as torch.export takes them; every size is fixed when left out.
+        gradients: trace as where gradients are recorded, so that what the code computes without them is seen.
+        training: trace in training mode.
 
     Raises:
         BadData: the model holds forms.
@@ -53,8 +63,10 @@ def trace(model: nn.Module, example_inputs: Any, *, dynamic_shapes: Any = None) 
     # Warnings about attributes assigned while tracing (recurrent layers keep a list of their weights) concern nobody.
     with eval_mode(model), uncached(model), traceback.preserve_node_meta(), warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
+        model.train(training)
         try:
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            with torch.set_grad_enabled(gradients):
+                program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
             return inlined(program)
         except Exception as error:
             raise TraceError(
@@ -82,19 +94,24 @@ def uncached(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
+BLOCKS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+
+
 def inlined(program: ExportedProgram) -> ExportedProgram:
-    """The same program with blocks under `torch.no_grad()` or autocast written out; their results are detached."""
+    """The same program, blocks under `torch.no_grad()` or autocast written out; results of the former detached."""
     graph, module = program.graph, program.graph_module
-    for node in [n for n in graph.nodes if str(n.target) in ("wrap_with_set_grad_enabled", "wrap_with_autocast")]:
+    while blocks := [n for n in graph.nodes if str(n.target) in BLOCKS]:
+        node = blocks[0]
         body = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
         inner = getattr(module, str(node.args[body].target))
         inputs = [n for n in inner.graph.nodes if n.op == "placeholder"]
         places = dict(zip(inputs, node.args[body + 1 :], strict=True))
         with graph.inserting_before(node):
-            results = graph.graph_copy(inner.graph, places)
-            kept = [graph.call_function(torch.ops.aten.detach.default, (r,)) for r in results]
-        for old, new in zip(kept, results, strict=True):
-            old.meta.update(new.meta)
+            kept = results = list(graph.graph_copy(inner.graph, places))
+            if str(node.target) == BLOCKS[0] and node.args[0] is False:
+                kept = [graph.call_function(torch.ops.aten.detach.default, (r,)) for r in results]
+        for new, old in zip(kept, results, strict=True):
+            new.meta["val"] = old.meta.get("val")  # but not the module: a layer would swallow the detaching
         for user in list(node.users):
             user.replace_all_uses_with(kept[user.args[1]])
             graph.erase_node(user)

@@ -17,7 +17,7 @@ from featherweight.core.forms import ACTIVATIONS, own_modules
 from featherweight.core.layers import MOST as MOST_LAYERS
 from featherweight.core.layers import build_layer, count_layers, layer_spec, plain_name
 from featherweight.core.operators import SIZES, schema_types
-from featherweight.core.wired import Device, Held, Input, Outputs, Place, Ref, Step, Training, Wired, Wiring
+from featherweight.core.wired import Device, Fields, Held, Input, Outputs, Place, Ref, Step, Training, Wired, Wiring
 from featherweight.errors import FormatError, shown
 
 MOST = 1 << 17  # modules, steps, tensors, conditions of one network
@@ -60,6 +60,8 @@ def wiring_data(wired: Wired) -> dict[str, Any]:
         "steps": [_step_data(step, len(wiring.inputs) + i) for i, step in enumerate(wiring.steps)],
         "output": _data(wiring.output, len(wiring.inputs) + len(wiring.steps), exact=True),
         "conditions": [_condition_data(c) for c in wiring.conditions],
+        **({"required": list(wiring.required)} if wiring.required else {}),
+        **({"evaluating": list(wiring.evaluating)} if wiring.evaluating else {}),
     }
 
 
@@ -131,6 +133,8 @@ def _data(value: Any, number: int, exact: bool = False) -> Any:  # noqa: PLR0911
             return {"format": str(value).removeprefix("torch.")}
         case float() if not math.isfinite(value):
             return {"float": str(value)}
+        case Fields():
+            return {"fields": {k: _data(v, number, exact) for k, v in zip(value.names, value, strict=True)}}
         case dict():
             kind = "outputs" if isinstance(value, Outputs) else "dict"
             return {kind: {str(k): _data(v, number, exact) for k, v in value.items()}}
@@ -190,6 +194,9 @@ def check_calls(wired: Wired, *, forms: bool = True) -> None:
         waits = not forms and path.rpartition(".")[2] in FORMS
         if path != step.target and not waits and isinstance(modules.get(path), (Place, Wired, type(None))):
             raise FormatError(f"the network calls the layer {shown(path)}, which the file does not describe")
+    for path in wired.wiring.evaluating:
+        if path not in modules:
+            raise FormatError(f"the network keeps {shown(path)} in evaluation mode, which the file does not describe")
     for name in held_names((*wired.wiring.steps, wired.wiring.output)):
         if name not in tensors:
             raise FormatError(f"the network uses a tensor {shown(name)}, which is not there")
@@ -300,7 +307,10 @@ def wiring_from(data: Mapping[str, Any]) -> Wiring:
     if len(args) > len(names):
         raise FormatError("the description of the network is corrupt: it has more arguments than names for them")
     output = read.value(data.get("output"), len(inputs) + len(steps))
-    return Wiring(inputs, args, kwargs, names, steps, output, conditions)
+    optional: Mapping[str, Any] = {"required": [], "evaluating": []} | dict(data)
+    required = tuple(_word(name) for name in _part(optional, "required", list))
+    evaluating = tuple(_path(path) for path in _part(optional, "evaluating", list))
+    return Wiring(inputs, args, kwargs, names, steps, output, conditions, required, evaluating)
 
 
 def _word(name: Any) -> str:
@@ -394,7 +404,7 @@ class _Reader:
         if len(data) != 1:
             raise FormatError("the description of the network is corrupt: an argument")
         (kind, held), *_ = data.items()
-        if kind in ("outputs", "dict", "tuple"):
+        if kind in ("outputs", "dict", "tuple", "fields"):
             return self._tree(kind, held, number, depth)
         if kind == "r" and _whole(held) and 1 <= held <= number:
             return Ref(number - held)
@@ -410,6 +420,8 @@ class _Reader:
     def _tree(self, kind: str, held: Any, number: int, depth: int) -> Any:
         if kind == "tuple" and isinstance(held, list):
             return tuple(self.value(v, number, depth + 1) for v in held)
+        if kind == "fields" and isinstance(held, dict):
+            return Fields(map(_word, held), [self.value(v, number, depth + 1) for v in held.values()])
         if kind != "tuple" and isinstance(held, dict):
             make: Callable[[Any], Any] = Outputs if kind == "outputs" else dict
             return make((k, self.value(v, number, depth + 1)) for k, v in held.items())

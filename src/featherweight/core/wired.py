@@ -6,7 +6,7 @@ steps, tensors of the network, and plain numbers. Nothing in it is ever evaluate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,6 +83,8 @@ class Wiring:
         output: what comes back: `Ref`s in tuples, lists, dictionaries.
         conditions: on the sizes of inputs, as nested ("eq", ("size", input, dim), 3); where they fail, the trace does
             not hold.
+        required: arguments without a tensor that were traced with another value than the class's default.
+        evaluating: modules that stay in evaluation mode when the network trains.
     """
 
     inputs: tuple[Input, ...]
@@ -92,6 +94,8 @@ class Wiring:
     steps: tuple[Step, ...]
     output: Any
     conditions: tuple[Any, ...] = ()
+    required: tuple[str, ...] = ()
+    evaluating: tuple[str, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Wiring:
         return self  # nothing in it ever changes
@@ -133,8 +137,46 @@ pytree.register_pytree_node(
 )
 
 
+class Fields(tuple[Any, ...]):
+    """Outputs with names that are a tuple: what a named tuple was."""
+
+    names: tuple[str, ...]
+
+    def __new__(cls, names: Iterable[str], values: Iterable[Any]) -> Fields:
+        made = super().__new__(cls, values)
+        made.names = tuple(names)
+        return made
+
+    def __getattr__(self, name: str) -> Any:
+        names = self.__dict__.get("names", ())
+        if name in names:
+            return self[names.index(name)]
+        raise AttributeError(f"the network returns {', '.join(names)}, no {name}")
+
+    def __reduce__(self) -> Any:
+        return Fields, (self.names, tuple(self))
+
+
+pytree.register_pytree_node(
+    Fields,
+    lambda fields: (list(fields), list(fields.names)),
+    lambda values, names: Fields(names, values),
+    serialized_type_name="featherweight.Fields",
+    flatten_with_keys_fn=lambda fields: (
+        [(pytree.GetAttrKey(k), v) for k, v in zip(fields.names, fields, strict=True)],
+        list(fields.names),
+    ),
+)
+
+
 class Place(nn.Module):
     """A module that only holds others, and tensors: where the class had code, the wiring has it now."""
+
+
+class Results(list[Any]):
+    """The results of the steps so far, None where nothing needs them any more; and where the inputs were."""
+
+    device: torch.device
 
 
 class Wired(nn.Module):
@@ -153,9 +195,17 @@ class Wired(nn.Module):
         super().__init__()
         self.wiring = wiring
 
+    def train(self, mode: bool = True) -> Wired:
+        """Sets training or evaluation mode; what the class kept in evaluation mode stays there."""
+        super().train(mode)
+        for path in self.wiring.evaluating:
+            self.get_submodule(path).training = False
+        return self
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the steps on what was given."""
-        values: list[Any] = [*self.given(args, kwargs)]
+        values = Results(self.given(args, kwargs))
+        values.device = next((v.device for v in values), torch.device("cpu"))
         plan = self._plan()
         marked = traceback.has_preserved_node_meta()
         for number, (run, spent) in enumerate(plan.steps):
@@ -179,7 +229,9 @@ class Wired(nn.Module):
         """The same call with every argument that has a place in its place; what was left out before it is None."""
         names = self.wiring.names
         last = max((names.index(name) + 1 for name in kwargs if name in names), default=len(args))
-        placed = (*args, *(kwargs.get(name) for name in names[len(args) : last]))
+        traced = {name: value for name, value in zip(names, self.wiring.args, strict=False) if not has_refs(value)}
+        traced |= {name: value for name, value in self.wiring.kwargs.items() if not has_refs(value)}
+        placed = (*args, *(kwargs.get(name, traced.get(name)) for name in names[len(args) : last]))
         return placed, {name: value for name, value in kwargs.items() if name not in names}
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -188,13 +240,16 @@ class Wired(nn.Module):
         if len(args) > len(wiring.names):
             raise BadData(f"{len(args)} positional arguments given, the network takes {', '.join(wiring.names)}")
         named = {**dict(zip(wiring.names, args, strict=False)), **kwargs}
+        if twice := [name for name in wiring.names[: len(args)] if name in kwargs]:
+            raise BadData(f"argument {twice[0]!r} given by place and by name: give it once")
         wanted = {**dict(zip(wiring.names, wiring.args, strict=False)), **wiring.kwargs}
         for name, value in named.items():
             if name not in wanted and value is not None:
                 raise BadData(f"argument {name!r} given, the network was traced with {', '.join(wanted)}")
         tensors: list[Any] = [None] * len(wiring.inputs)
         for name, pattern in wanted.items():
-            if name not in named and any(isinstance(leaf, Ref) for leaf in pytree.tree_leaves(pattern)):
+            needed = name in wiring.required or any(isinstance(leaf, Ref) for leaf in pytree.tree_leaves(pattern))
+            if name not in named and needed:
                 raise BadData(f"argument {name!r} is missing: the network was traced with {', '.join(wanted)}")
             _matched(pattern, named.get(name, pattern), name, tensors)
         sizes = [check_input(wiring.inputs[i], t, i) for i, t in enumerate(tensors)]
@@ -251,7 +306,7 @@ class Wired(nn.Module):
         return step.args, dict(step.kwargs), key
 
 
-Make = Callable[[Wired, Sequence[Any]], Any]
+Make = Callable[[Wired, Results], Any]
 NOTHING = nullcontext()
 
 
@@ -279,13 +334,13 @@ def _runner(step: Step) -> Make:
     if step.target[0] == "@":
         path = step.target[1:].split(".")
 
-        def layer(net: Wired, values: Sequence[Any]) -> Any:
+        def layer(net: Wired, values: Results) -> Any:
             return _at(net, path)(*[make(net, values) for make in args])
 
         return layer
     called = function(step.target)
 
-    def operator(net: Wired, values: Sequence[Any]) -> Any:
+    def operator(net: Wired, values: Results) -> Any:
         given = {name: make(net, values) for name, make in kwargs.items()}
         return called(*[make(net, values) for make in args], **given)
 
@@ -312,7 +367,10 @@ def _maker(value: Any) -> Make:  # noqa: PLR0911 - one straight table
         case Training():
             return lambda net, values: net.training
         case Device():
-            return lambda net, values: next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
+            return lambda net, values: values.device
+        case Fields():
+            names, makers = value.names, [_maker(v) for v in value]
+            return lambda net, values: Fields(names, [make(net, values) for make in makers])
         case dict():
             named, kind = {k: _maker(v) for k, v in value.items()}, type(value)
             return lambda net, values: kind((k, make(net, values)) for k, make in named.items())
@@ -336,6 +394,11 @@ def refs(value: Any) -> Iterator[int]:
     elif isinstance(value, (tuple, list)):
         for inner in value:
             yield from refs(inner)
+
+
+def has_refs(value: Any) -> bool:
+    """Whether a value is made from results or inputs."""
+    return next(refs(value), None) is not None
 
 
 def spent(wiring: Wiring) -> list[list[int]]:
@@ -381,13 +444,20 @@ def _matched(pattern: Any, given: Any, name: str, tensors: list[Any]) -> None:
         raise BadData(f"{name} is {shown}: the network was traced with {pattern!r} there, and only holds for that")
 
 
+def _kind(dtype: torch.dtype) -> str:
+    """Which of these a type is: its numbers are boolean, whole, real or complex."""
+    if dtype == torch.bool:
+        return "boolean"
+    return "real" if dtype.is_floating_point else "complex" if dtype.is_complex else "whole"
+
+
 def check_input(wanted: Input, given: Tensor, number: int) -> Sequence[Any]:
     """The sizes of an input.
 
     Raises:
         BadData: it has another number of dimensions, another kind of numbers, or other sizes where they are fixed.
     """
-    kinds = wanted.dtype.is_floating_point, given.dtype.is_floating_point
+    kinds = _kind(wanted.dtype), _kind(given.dtype)
     fixed = [d for d in range(len(wanted.shape)) if d not in wanted.free]
     fits = given.dim() == len(wanted.shape) and all(given.shape[d] == wanted.shape[d] for d in fixed)
     if kinds[0] != kinds[1] or not fits:

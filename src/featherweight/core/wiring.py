@@ -13,9 +13,11 @@ import hashlib
 import inspect
 import signal
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from typing import Any
@@ -29,6 +31,7 @@ from torch.utils import _pytree as pytree
 from featherweight.core.example import smaller
 from featherweight.core.forms import ACTIVATIONS, Form, activation_form, activation_forms, bake, form_names, own_modules
 from featherweight.core.layers import TYPES
+from featherweight.core.ledger import note
 from featherweight.core.opaque import NAME, opaque_layers
 from featherweight.core.operators import CHECKS, target_name
 from featherweight.core.rewiring import renumbered
@@ -37,6 +40,7 @@ from featherweight.core.task import as_call, device_of, eval_mode, to_device
 from featherweight.core.trace import by_name, graph_inputs, operator_name, trace, uncached, weight_tensors
 from featherweight.core.wired import (
     Device,
+    Fields,
     Held,
     Input,
     Outputs,
@@ -46,11 +50,14 @@ from featherweight.core.wired import (
     Training,
     Wired,
     Wiring,
+    has_refs,
     refs,
 )
 from featherweight.errors import FeatherweightError, TraceError
 
 SECONDS = 12.0  # that tracing with every size symbolic may take; beyond it only the batch is
+SMALL = 64  # sizes below this are also tried four and eight times as large
+LATE = "tracing with symbolic sizes took longer"
 CONDITIONS = 64  # that a wiring may hold
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 TOLERANCE = 1e-4  # of the largest output, between the model and its wiring
@@ -65,8 +72,18 @@ class Known:
     lifted: Mapping[str, Tensor] = field(default_factory=dict)
     why_not: str = ""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Known:
-        return self  # nothing in it ever changes
+
+_RUN: ContextVar[list[Known] | None] = ContextVar("wirings", default=None)
+
+
+@contextmanager
+def recalling() -> Iterator[None]:
+    """A block in which wirings are remembered: tracing is slow, and a chain of methods seldom changes the structure."""
+    token = _RUN.set([])
+    try:
+        yield
+    finally:
+        _RUN.reset(token)
 
 
 def wire(model: nn.Module, example_inputs: Any) -> Wired:
@@ -79,16 +96,17 @@ def wire(model: nn.Module, example_inputs: Any) -> Wired:
         TraceError: the model cannot be traced, calls an operator that a file may not hold, or the wiring does not
             compute what the model does.
     """
+    model = copy.deepcopy(model)  # what a model counts or keeps while it runs, it keeps in the copy
     if any(form_names(module) for module in model.modules()):
-        model = bake(copy.deepcopy(model))
+        model = bake(model)
     if isinstance(model, Wired):
-        return copy.deepcopy(model)
+        return model
     given = as_call(to_device(example_inputs, device_of(model)))
     return _again(model, given) or _anew(model, given)
 
 
 def _anew(model: nn.Module, given: Call) -> Wired:
-    """Traces the model with as many free sizes as it allows; what was found is remembered on the model."""
+    """Traces the model with as many free sizes as it allows, and says which it does not."""
     paired = _paired(given)
     failed: list[str] = []
     for shapes in (_free_sizes, _free_batch, _fixed):
@@ -100,28 +118,32 @@ def _anew(model: nn.Module, given: Call) -> Wired:
         except FeatherweightError as error:
             failed.append(str(error))
             continue
-        model._fw_wiring = Known(_outline(model, given), wired.wiring, _constants(wired, model))  # type: ignore[assignment]
+        if failed:
+            kept = "only the batch is free" if shapes is _free_batch else "every size is fixed"
+            note(f"in the network without its class {kept}: {failed[0]}")
+        _keep(Known(_outline(model, given), wired.wiring, _constants(wired, model)), failed)
         return wired
-    model._fw_wiring = Known(_outline(model, given), why_not=failed[-1])  # type: ignore[assignment]
+    _keep(Known(_outline(model, given), why_not=failed[-1]), failed)
     raise TraceError(failed[-1])
 
 
+def _keep(known: Known, failed: Sequence[str]) -> None:
+    """Remembers what was found, unless the clock had a say in it."""
+    run = _RUN.get()
+    if run is not None and not any(LATE in why for why in failed):
+        run.append(known)
+
+
 def _again(model: nn.Module, given: Call) -> Wired | None:
-    """The wiring that this model, or the one that it is a copy of, had before, if it still computes the same."""
-    known = getattr(model, "_fw_wiring", None)
-    if not isinstance(known, Known) or known.outline != _outline(model, given):
+    """The wiring that was found for a model of this outline earlier in the run, if it still computes the same."""
+    outline = _outline(model, given) if _RUN.get() else ""
+    known = next((k for k in _RUN.get() or () if k.outline == outline), None)
+    if known is None:
         return None
     if known.wiring is None:
         raise TraceError(known.why_not)
     wired = _assembled(model, known.wiring, known.lifted)
     return None if _differs(_run(model, given), wired, given) else wired
-
-
-def remember(source: nn.Module, target: nn.Module) -> None:
-    """Lets a model know the wiring that was found for a copy of it."""
-    known = getattr(source, "_fw_wiring", None)
-    if isinstance(known, Known):
-        target._fw_wiring = known  # type: ignore[assignment]
 
 
 def _outline(model: nn.Module, given: Call) -> str:
@@ -132,10 +154,13 @@ def _outline(model: nn.Module, given: Call) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _settings(module: nn.Module) -> list[tuple[str, Any]]:
-    plain = (bool, int, float, str, tuple, list, type(None))
-    named = {k: v for k, v in vars(module).items() if k != "training" and not k.startswith("_")}
-    return [(k, v) for k, v in named.items() if isinstance(v, plain)]
+def _settings(module: nn.Module) -> list[str]:
+    """All that a module holds beside tensors, modules and hooks, and the settings of its configuration."""
+    own = set(vars(nn.Module())) - {"training"}
+    held = {k: v for k, v in vars(module).items() if k not in own and k != "training"}
+    config = getattr(module, "config", None)
+    told = getattr(config, "__dict__", {})
+    return [f"{k}={v!r}" for k, v in (*held.items(), *told.items()) if k != "config"]
 
 
 def _constants(wired: Wired, model: nn.Module) -> dict[str, Tensor]:
@@ -200,10 +225,10 @@ def _traced(model: nn.Module, given: Call, shapes: Callable[[Call], Any]) -> Exp
     found = shapes(fresh)
     if found is None:
         with opaque_layers(model):
-            return trace(model, fresh)
+            return trace(model, fresh, gradients=True)
     _imported()
     with limited(SECONDS if shapes is _free_sizes else 10 * SECONDS), opaque_layers(model):
-        return trace(model, fresh, dynamic_shapes=by_name(model, found.args, found.kwargs))
+        return trace(model, fresh, dynamic_shapes=by_name(model, found.args, found.kwargs), gradients=True)
 
 
 def _argument_names(model: nn.Module) -> list[str]:
@@ -237,15 +262,18 @@ def limited(seconds: float) -> Iterator[None]:
     def late(number: int, frame: Any) -> None:
         raise _Late
 
-    before = signal.signal(signal.SIGPROF, late)
+    before, started = signal.signal(signal.SIGPROF, late), time.process_time()
+    left, again = signal.getitimer(signal.ITIMER_PROF)
     signal.setitimer(signal.ITIMER_PROF, seconds, 0.2)  # again and again: one may end up in a finalizer
     try:
         yield
     except _Late:
-        raise TraceError(f"tracing with symbolic sizes took longer than {seconds:g} s") from None
+        raise TraceError(f"{LATE} than {seconds:g} s") from None
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
+        if left:  # an alarm that the caller had set
+            signal.setitimer(signal.ITIMER_PROF, max(left - (time.process_time() - started), 1e-3), again)
 
 
 # --- writing the graph down -------------------------------------------------------------------------------------------
@@ -262,6 +290,7 @@ class _Writer:
     steps: list[Step] = field(default_factory=list)
     inputs: list[Input] = field(default_factory=list)
     lifted: dict[str, Tensor] = field(default_factory=dict)
+    moods: list[bool] | None = None
 
     def wired(self) -> Wired:
         args, kwargs = self._placeholders()
@@ -283,6 +312,8 @@ class _Writer:
             steps=tuple(self.steps),
             output=tree,
             conditions=self._conditions(),
+            required=self._required(args, kwargs),
+            evaluating=self._evaluating(),
         )
         return _assembled(self.model, _pruned(_settled(wiring)), self.lifted)
 
@@ -312,6 +343,18 @@ class _Writer:
                 stands[-1] = self.numbers[nodes[name]] = Ref(len(self.inputs))
                 self.inputs.append(_input(nodes[name], leaf))
         return pytree.tree_unflatten(stands, tree)
+
+    def _evaluating(self) -> tuple[str, ...]:
+        """The modules that the class keeps in evaluation mode while it trains."""
+        twin = copy.deepcopy(self.model).train()
+        return tuple(path for path, module in twin.named_modules() if path and not module.training)
+
+    def _required(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+        """Arguments without a tensor whose value is not the default of the signature."""
+        known = inspect.signature(self.model.forward).parameters
+        given = {**dict(zip(_argument_names(self.model), args, strict=False)), **kwargs}
+        plain = {name: value for name, value in given.items() if not has_refs(value)}
+        return tuple(n for n, value in plain.items() if n not in known or not _same(known[n].default, value))
 
     def _conditions(self) -> tuple[Any, ...]:
         """The conditions on sizes under which the trace was made, as expressions."""
@@ -396,12 +439,21 @@ class _Writer:
 
     def _modes(self, node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Dropout and batch norms that the model's own code calls ask for the mode, as they did there."""
-        place = {"batch_norm": 5, "instance_norm": 5}.get(
-            operator_name(node), 2 if "dropout" in operator_name(node) else None
-        )
+        if not self._follows_the_mode(node):
+            return args, kwargs
+        place = MOODS.get(operator_name(node))
         if place is not None and len(args) > place and args[place] is False:
             args = (*args[:place], Training(), *args[place + 1 :])
         return args, kwargs
+
+    def _follows_the_mode(self, node: fx.Node) -> bool:
+        """Whether a call of dropout or of a batch norm asks for the mode: in training mode it is traced as on."""
+        if not _moody(node):
+            return True
+        if self.moods is None:
+            self.moods = _moods(self.model, self.given)
+        calls = [n for n in self.program.graph.nodes if n.op == "call_function" and _moody(n)]
+        return len(self.moods) != len(calls) or self.moods[calls.index(node)]
 
     def _argument(self, value: Any, node: fx.Node) -> Any:
         match value:
@@ -448,6 +500,30 @@ def _explicit(node: fx.Node, args: Any, kwargs: Any) -> tuple[Any, Any]:
     return args, kwargs
 
 
+MOODS = {"batch_norm": 5, "instance_norm": 5, "dropout": 2, "alpha_dropout": 2, "feature_dropout": 2}
+
+
+def _moody(node: fx.Node) -> bool:
+    return operator_name(node) in MOODS
+
+
+def _moods(model: nn.Module, given: Call) -> list[bool]:
+    """For each call of dropout and of a batch norm, whether it is on while the model trains."""
+    twin = copy.deepcopy(model).train()
+    fresh = pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, given)
+    try:
+        with opaque_layers(twin):
+            program = trace(twin, fresh, gradients=True, training=True)
+    except FeatherweightError:
+        return []
+    calls = [n for n in program.graph.nodes if n.op == "call_function" and _moody(n)]
+    return [bool(n.args[MOODS[operator_name(n)]]) if len(n.args) > MOODS[operator_name(n)] else False for n in calls]
+
+
+def _same(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
+
+
 # --- layers as a whole ------------------------------------------------------------------------------------------------
 
 
@@ -492,11 +568,23 @@ def _layer_call(
     outside = [n for n in nodes if any(user not in group for user in n.users)]
     taken = dict.fromkeys(a for n in nodes for a in n.all_input_nodes if a not in group)
     given = [a for a in taken if not (isinstance(held := numbers.get(a), Held) and held.name in own) and _is_tensor(a)]
+    if getattr(module, "return_indices", False) or _asked_for_a_size(module, nodes):
+        return None
     if isinstance(module, nn.RNNBase):
         return _recurrent_call(module, path, nodes, outside, given)
     if len(outside) != 1 or len(given) != 1:
         return None
     return _LayerCall(path, (given[0],), outside[0], {outside[0]: ()})
+
+
+def _asked_for_a_size(module: nn.Module, nodes: Sequence[fx.Node]) -> bool:
+    """Whether a transposed convolution was called with an output size, which its step would not say."""
+    core = next((n for n in nodes if operator_name(n).startswith("conv_transpose")), None)
+    if core is None or not isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return False
+    padding = core.args[5] if len(core.args) > 5 else core.kwargs.get("output_padding", 0)
+    given = list(padding) if isinstance(padding, (list, tuple)) else [padding] * len(module.output_padding)
+    return given != list(module.output_padding)
 
 
 def _recurrent_call(
@@ -508,7 +596,8 @@ def _recurrent_call(
     states: Any = core.args[1]
     args: tuple[Any, ...] = (core.args[0],)
     if len(given) > 1:
-        args = (*args, tuple(states) if isinstance(states, (tuple, list)) else states)
+        several = isinstance(states, (tuple, list))
+        args = (*args, tuple(states) if isinstance(module, nn.LSTM) else states[0] if several else states)
     pair = isinstance(module, nn.LSTM)
     ways = {0: (0,), 1: (1, 0) if pair else (1,), 2: (1, 1)}
     return _LayerCall(path, args, core, {n: ways[int(n.args[1])] for n in outside})  # type: ignore[arg-type]
@@ -534,8 +623,12 @@ def _told_output(value: Any) -> Any:
         if isinstance(value, (Ref, Held)):
             return value
         named = value if isinstance(value, dict) else {k: getattr(value, k) for k in _names_of(value)}
+        if not all(isinstance(name, str) for name in named):
+            raise TraceError("the model returns a dictionary whose keys are no text, which a file cannot hold")
+        if hasattr(value, "_fields"):
+            return Fields(named, [_told_output(v) for v in named.values()])
         kind = dict if type(value) is dict else Outputs
-        return kind((str(k), _told_output(v)) for k, v in named.items())
+        return kind((k, _told_output(v)) for k, v in named.items())
     if isinstance(value, (tuple, list)):
         return type(value)(_told_output(v) for v in value)
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -629,7 +722,7 @@ def _checked(model: nn.Module, wired: Wired, given: Call) -> Wired:
     wrong = _differs(_run(model, given), wired, given)
     if wrong:
         raise TraceError(f"the wiring of {type(model).__name__} does not compute what the model does: {wrong}")
-    idle: set[Any] = set()
+    agreed: dict[Any, list[bool]] = defaultdict(list)  # condition -> for each agreement, whether a size was larger
     needed: set[Any] = set()
     sizes = [given.shape for given in wired.wiring.inputs]
     conditions = wired.wiring.conditions
@@ -643,17 +736,33 @@ def _checked(model: nn.Module, wired: Wired, given: Call) -> Wired:
         except Exception:  # the model itself does not take such sizes: nothing to compare
             continue
         tensors = _tensors_of(wired, changed)
-        broken = {c for c in conditions if not _holds(c, [t.shape for t in tensors])}
+        found = [tuple(t.shape) for t in tensors]
+        broken = {c for c in conditions if not _holds(c, found)}
         wrong = _differs(expected, wired, changed)
+        larger = any(n > m for shape, was in zip(found, sizes, strict=True) for n, m in zip(shape, was, strict=True))
         if not wrong:
-            idle |= broken
+            for condition in broken:
+                agreed[condition].append(larger)
         elif broken:
             needed |= broken
+        elif any(0 in shape for shape in found):
+            needed |= {("ge", ("size", i, d), 1) for i, shape in enumerate(found) for d, n in enumerate(shape) if not n}
         else:
-            raise TraceError(f"at the sizes {[tuple(t.shape) for t in tensors]} the wiring does not follow: {wrong}")
-    kept = [c for c in conditions if c in needed or c not in idle]
+            raise TraceError(f"at the sizes {found} the wiring does not follow: {wrong}")
+    kept = [c for c in conditions if c in needed or not _idle(c, agreed[c])]
+    kept += sorted(needed - set(conditions), key=str)
     wired.wiring = replace(wired.wiring, conditions=independent(kept, sizes))
     return wired
+
+
+def _idle(condition: Any, agreed: Sequence[bool]) -> bool:
+    """Whether agreements where a condition does not hold show that it changes nothing.
+
+    Sizes below the traced one are few, and tried at both ends; above it there is no end, so a bound stays there.
+    """
+    if condition[0] == "ne":
+        return bool(agreed)
+    return bool(agreed) and (not any(agreed) or (condition[0] == "eq" and len(agreed) > 3))
 
 
 def _holds(condition: Any, sizes: Sequence[Any]) -> bool:
@@ -708,20 +817,35 @@ def _variants(wiring: Wiring, conditions: Sequence[Any], given: Call) -> Iterato
             tied = ties.get((number, d), (number, d))
             classes[tied[1], shapes[tied[0]][tied[1]]].append((number, d))
     for (d, size), places in classes.items():
-        others = (1, size + 1) if d == 0 else (size + 1, 2 * size, size // 2, size - 1, 1)
-        for other in dict.fromkeys(n for n in others if n > 0 and n != size):
-            yield _resized(wiring, given, dict.fromkeys(places, other))
+        far = (4 * size + 3, 8 * size + 5) if size < SMALL else ()
+        others = (0, 1, size + 1, 3 * size + 2) if d == 0 else (size + 1, 2 * size, 2 * size + 1, *far)
+        lower = () if d == 0 else (size - 1, size // 2, size // 4, 3, 2, 1)
+        yield _resized(wiring, given, dict.fromkeys(places, size))  # other values
+        for other in dict.fromkeys(n for n in (*others, *lower) if 0 <= n != size and (n > 0 or d == 0)):
+            if other in others or other < size:
+                yield _resized(wiring, given, dict.fromkeys(places, other))
     beside = [(place, size) for (d, size), places in classes.items() if d for place in places]
     for part in (4, 8, 16, 32, 1 << 20) if len({place[1] for place, _ in beside}) > 1 else ():
         yield _resized(wiring, given, {place: max(1, size // part) for place, size in beside})
 
 
 def _resized(wiring: Wiring, given: Call, sizes: Mapping[tuple[int, int], int]) -> Call:
-    """The call with other sizes at these (input, dimension), values repeated."""
+    """The call with other sizes at these (input, dimension), and values drawn anew: real data may be all alike."""
     leaves, tree = pytree.tree_flatten(_ordered(wiring, given))
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    for (number, d), size in sizes.items():
-        t = leaves[tensors[number]]
-        leaves[tensors[number]] = t.index_select(d, torch.arange(size, device=t.device) % t.shape[d])
+    generator = torch.Generator().manual_seed(sum(sizes.values()))
+    for number, place in enumerate(tensors):
+        shape = [sizes.get((number, d), n) for d, n in enumerate(leaves[place].shape)]
+        leaves[place] = _drawn(leaves[place], wiring.inputs[number], shape, generator)
     found: Call = pytree.tree_unflatten(leaves, tree)
     return found
+
+
+def _drawn(like: Tensor, given: Input, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Values of the kind that a tensor has: normal with its spread, or whole numbers within its bounds."""
+    if like.is_floating_point() or like.is_complex():
+        spread = float(like.abs().float().std()) if like.numel() > 1 else 0.0
+        drawn = torch.randn(shape, generator=generator) * (spread if spread > 0 else 1.0)
+    else:
+        drawn = torch.randint(given.low, given.high + 1, tuple(shape), generator=generator)
+    return drawn.to(like.dtype).to(like.device)
