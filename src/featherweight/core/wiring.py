@@ -431,6 +431,8 @@ class _Writer:
                 f"{type(self.model).__name__} calls {node.target}, which a file without a class cannot hold: "
                 "load its file with into= (a fresh model of the class)"
             )
+        if target == "aten.view.default" and not self._changes_in_place():
+            target = "aten.reshape.default"  # which layout a kernel leaves depends on sizes and types, as views do
         args = tuple(self._argument(a, node) for a in node.args)
         kwargs = tuple(
             (k, self._argument(v, node)) for k, v in node.kwargs.items() if k not in ("pin_memory", "layout")
@@ -445,6 +447,11 @@ class _Writer:
         if place is not None and len(args) > place and args[place] is False:
             args = (*args[:place], Training(), *args[place + 1 :])
         return args, kwargs
+
+    def _changes_in_place(self) -> bool:
+        """Whether an operator writes into its argument, so that views of it must stay views."""
+        targets = [n.target for n in self.program.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+        return any(target._schema.is_mutable for target in targets)
 
     def _follows_the_mode(self, node: fx.Node) -> bool:
         """Whether a call of dropout or of a batch norm asks for the mode: in training mode it is traced as on."""
