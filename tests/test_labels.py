@@ -67,6 +67,10 @@ MIDDLES: dict[str, tuple[Callable[[Tensor], Tensor], int, int]] = {
     "einsum": (lambda x: torch.einsum("...i,...i,...j->...j", x, x, x), 8, 8),
     "einsum that is no sum over zeros": (lambda x: torch.einsum("ij,kj->ik", x.exp(), x.exp()), 2, 0),
     "mean as a map": (lambda x: x * torch.sigmoid(x.mean(-1, keepdim=True)), 8, 0),
+    "times the mean's square": (lambda x: x * x.mean(-1, keepdim=True).pow(2), 8, 0),
+    "times the deviation": (lambda x: x * x.std(-1, keepdim=True), 8, 0),
+    "times the root of the mean of squares": (lambda x: x * x.pow(2).mean(-1, keepdim=True).sqrt(), 8, 0),
+    "over another's deviation": (lambda x: x.exp() / x.std(-1, keepdim=True), 8, 0),
     "every third": (lambda x: x[..., ::3], 3, 0),
 }
 
@@ -89,7 +93,7 @@ def test_what_lies_between_two_layers(name: str) -> None:
         with torch.no_grad():
             assert gap(wired(x), expected[0]) < 1e-12
     else:
-        assert any(word in channels.pinned["first"] for word in ("mean", "einsum", "slice"))
+        assert any(word in channels.pinned["first"] for word in ("mean", "std", "einsum", "slice"))
 
 
 class Standardised(nn.Module):
@@ -161,3 +165,71 @@ def test_heads_with_a_mask_of_their_own_stay_and_their_size_can_go() -> None:
     channels = channel_groups(wired, x)
     assert "scaled_dot_product_attention with a mask for every head" in channels.pinned["bias"]
     assert (channels.outputs["qkv"] >= 0).all()
+
+
+class Ended(nn.Module):
+    """A layer whose width the code reads off, so that a removal changes what comes out; and an end that hides it."""
+
+    def __init__(self, end: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.end = nn.Linear(5, 8), nn.Linear(8, 6), end
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.end(self.last(h * h.shape[-1]))
+
+
+ENDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a huge fill": lambda y: torch.cat([y, torch.full_like(y[:, :1], -1e9)], 1),
+    "an infinite fill": lambda y: torch.cat([y, torch.full_like(y[:, :1], -torch.inf)], 1),
+    "signs": lambda y: y > 0.1,
+    "complex": lambda y: torch.complex(y, y),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_what_is_beside_an_output_hides_no_difference(name: str) -> None:
+    torch.manual_seed(0)
+    channels = channel_groups(Ended(ENDS[name]).eval(), torch.randn(16, 5))
+    assert int((channels.outputs["first"] >= 0).sum()) == 0
+
+
+class End(nn.Module):
+    def __init__(self, end: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.end = end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(x)
+
+
+@pytest.mark.parametrize("end", [ENDS["a huge fill"], ENDS["an infinite fill"]])
+def test_what_is_beside_an_output_pins_nothing(end: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    channels = channel_groups(nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 6), End(end)), torch.randn(16, 5))
+    assert int((channels.outputs["0"] >= 0).sum()) == 8
+
+
+class Chosen(nn.Module):
+    """A sum over channels that are zero when masked only as far as the example goes."""
+
+    def __init__(self, choose: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.other, self.choose = nn.Linear(5, 8), nn.Linear(5, 8), choose
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        h = self.choose(self.first(x), mask[:, None] > 0)
+        return (h * h).sum(-1)
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda h, mask: torch.where(mask, h, torch.full_like(h, 0.5)),
+        lambda h, mask: h.masked_fill(~mask, 0.5),
+    ],
+)
+def test_a_mask_of_ones_proves_nothing(choose: Callable[[Tensor, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    channels = channel_groups(Chosen(choose).eval(), (torch.randn(4, 5), torch.ones(4)))
+    assert int((channels.outputs["first"] >= 0).sum()) == 0

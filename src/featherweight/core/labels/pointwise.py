@@ -63,19 +63,32 @@ def picked(call: Call, node: Any, x: Val, labels: Tensor) -> bool:
     return ids is not None
 
 
+SAMPLES = (-1.7, -0.3, 0.0, 0.6, 1.7)
+
+
 def keeps_zero(call: Call, zeros: Sequence[Val]) -> bool:
-    """Whether the result of a pointwise operator is zero where these arguments are: tried on a few numbers."""
+    """Whether the result of a pointwise operator is zero where these arguments are: tried on a few numbers.
+
+    The other arguments take every combination of numbers of both signs and zero (but for divisors), true and false.
+    """
+    others = [v for v in call.values() if not any(v is z for z in zeros)]
+    if not zeros or len(others) > 4:
+        return False
+    numbers = [n for n in SAMPLES if n or call.name not in ("div", "true_divide", "floor_divide", "remainder", "fmod")]
+    grid = torch.cartesian_prod(*[torch.tensor(numbers)] * max(len(others), 1)).reshape(-1, max(len(others), 1))
 
     def sample(x: Any) -> Any:
         if not isinstance(x, Val) or not isinstance(x.value, Tensor):
             return plain(x)
-        if any(x is z for z in zeros):
-            return torch.zeros(4, dtype=x.value.dtype)
-        return torch.tensor([0.3, 0.6, 0.9, 1.7]).to(x.value.dtype)
+        place = next((i for i, v in enumerate(others) if v is x), None)
+        if place is None:
+            return torch.zeros(len(grid), dtype=x.value.dtype)
+        column = grid[:, place]
+        return column > 0 if x.value.dtype == torch.bool else column.to(x.value.dtype)
 
     args, kwargs = (pytree.tree_map(sample, tree, is_leaf=is_val) for tree in (call.args, call.kwargs))
     try:
-        return bool(zeros) and not bool(call.node.target(*args, **kwargs).to(torch.float64).any())  # type: ignore[operator]
+        return not bool(call.node.target(*args, **kwargs).to(torch.float64).any())  # type: ignore[operator]
     except (RuntimeError, TypeError, AttributeError):
         return False
 

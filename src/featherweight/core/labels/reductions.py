@@ -66,35 +66,93 @@ def reduce(call: Call) -> Any:
 
 # What may lie between a mean and the value that it scales, in a norm written by hand.
 BETWEEN = ("add", "to", "_to_copy", "clamp_min", "clamp", "maximum", "detach", "expand", "getitem", "mul", "unsqueeze")
-ROOTS = ("sqrt", "rsqrt", "pow", "reciprocal")
+EXPONENTS = {"sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}
+CASTS = ("to", "_to_copy", "float", "double", "type_as", "contiguous", "detach", "alias", "clone")
 
 
 def is_statistic(node: fx.Node) -> bool:
-    """Whether a mean or a variance is that of a norm: subtracted from a value, or its root divides or scales one.
+    """Whether a mean or a variance is that of a norm: subtracted from its own values, or its root divides those.
 
     Recognised on the graph, for a mean that means something else (a map of attention, say) is another network when it
     is taken over fewer channels.
     """
-    if operator_name(node) not in ("mean", "var", "var_mean", "std", "std_mean") or not node.users:
+    name = operator_name(node)
+    if name not in ("mean", "var", "var_mean", "std", "std_mean") or not node.users:
         return False
-    return all(_norms(user, node, node, rooted=operator_name(node).startswith("std")) for user in node.users)
+    power = 0.5 if name.startswith("std") else 1.0
+    return all(_norms(user, node, node, power) for user in node.users)
 
 
-def _norms(node: fx.Node, source: fx.Node, statistic: fx.Node, *, rooted: bool) -> bool:
+def _norms(node: fx.Node, source: fx.Node, statistic: fx.Node, power: float) -> bool:
     """Whether what is made of a statistic ends as a norm does.
 
     Args:
         source: what of the statistic enters here.
-        rooted: a root was taken on the way; or else a mean may only divide the values that it is the mean of.
+        power: to which it was raised on the way, a standard deviation being the half power of a variance.
     """
     name, size = operator_name(node), source.meta["val"]
     tensors = [a for a in node.args if isinstance(a, fx.Node) and isinstance(a.meta.get("val"), Tensor)]
     if any(a is not source and a.meta["val"].numel() > size.numel() for a in tensors if isinstance(size, Tensor)):
-        own = name == "div" and node.args[0] is statistic.args[0]
-        return name == "sub" or own or (rooted and name in ("mul", "div"))
-    if name not in BETWEEN and name not in ROOTS:
+        return _ends_a_norm(node, name, source, statistic, power)
+    if name == "pow" and isinstance(node.args[1], (int, float)):
+        power *= node.args[1]
+    elif name in EXPONENTS:
+        power *= EXPONENTS[name]
+    elif name not in BETWEEN:
         return False
-    return bool(node.users) and all(_norms(u, node, statistic, rooted=rooted or name in ROOTS) for u in node.users)
+    return bool(node.users) and all(_norms(u, node, statistic, power) for u in node.users)
+
+
+def _ends_a_norm(node: fx.Node, name: str, source: fx.Node, statistic: fx.Node, power: float) -> bool:
+    """Whether values meet their own statistic: less their mean, or over their mean or their deviation."""
+    value = next(a for a in node.args if a is not source)
+    inside = _bare(statistic.args[0])
+    kind = operator_name(statistic)
+    if not isinstance(value, fx.Node) or kind.endswith("_mean"):
+        return (
+            isinstance(value, fx.Node) and _bare(value) in (inside, *_centred(inside)) and name in ("sub", "mul", "div")
+        )
+    if kind == "mean" and power == 1.0:
+        return name in ("sub", "div") and node.args[0] is value and _bare(value) is inside
+    squared = _base_of_square(inside) if kind == "mean" else inside
+    if squared is None:
+        return False
+    own = _bare(value) in (squared, *_centred(squared), *([_bare(squared.args[0])] if _is_centred(squared) else []))
+    return own and ((name == "mul" and power == -0.5) or (name == "div" and power == 0.5 and node.args[0] is value))
+
+
+def _bare(node: Any) -> Any:
+    """The value behind casts and copies."""
+    while isinstance(node, fx.Node) and operator_name(node) in CASTS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _base_of_square(node: Any) -> Any:
+    """What was squared, or None."""
+    if not isinstance(node, fx.Node):
+        return None
+    name = operator_name(node)
+    if name == "square" or (name == "pow" and node.args[1] == 2):
+        return _bare(node.args[0])
+    return _bare(node.args[0]) if name == "mul" and _bare(node.args[0]) is _bare(node.args[1]) else None
+
+
+def _is_centred(node: Any) -> bool:
+    return isinstance(node, fx.Node) and operator_name(node) == "sub"
+
+
+def _centred(node: Any) -> list[fx.Node]:
+    """Values less their mean, as far as the graph has them."""
+    users, seen = [node] if isinstance(node, fx.Node) else [], []
+    while users:
+        one = users.pop()
+        for user in one.users:
+            if operator_name(user) in CASTS:
+                users.append(user)
+            elif operator_name(user) == "sub" and _bare(user.args[0]) is node:
+                seen.append(user)
+    return seen
 
 
 @rule(
