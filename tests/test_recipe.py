@@ -164,7 +164,7 @@ def test_flags_are_told_without_a_line(tmp_path):
     path.write_text(HEAD + "chain: [int8]\nseed: 3\n")
     with pytest.raises(BadOption) as caught:
         fw.run(path, seed="x")
-    assert str(caught.value) == "seed='x': must be a whole number"
+    assert str(caught.value) == "seed='x': must be a whole number of at least 0"
 
 
 # --- hostile and unusual texts ----------------------------------------------------------------------------------------
@@ -513,3 +513,22 @@ def test_verbs_called_from_python_hold_to_the_same_ranges():
 def test_yaml_of_a_report_is_what_any_reader_of_yaml_understands():
     made = recipe_text.dump({"lr": 1e-5, "seed": 3, "strict": True})
     assert yaml.safe_load(made) == {"lr": 1e-5, "seed": 3, "strict": True}
+
+
+def test_a_resumed_run_trains_anew_where_it_asks_for_another_network(tmp_path: Path) -> None:
+    asked = {
+        "model": "lenet300",
+        "data": "mnist5k",
+        "train": 1,
+        "chain": ["kmeans_share"],
+        "measure": False,
+        "onnx": False,
+    }
+    asked["chain"] = [{"method": "kmeans_share", "options": {"epochs": 0}}]
+    kept = tmp_path / "run" / "original.safetensors"
+    seen = []
+    for seed, resume in ((0, False), (0, True), (1, True)):
+        fw.run(asked, seed=seed, resume=resume, out=str(tmp_path / "run"))
+        seen.append(kept.read_bytes())
+    assert seen[0] == seen[1]
+    assert seen[0] != seen[2]

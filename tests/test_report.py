@@ -355,3 +355,11 @@ def _ruin(model: nn.Module, task: fw.Task) -> nn.Module:
         model[3].weight.zero_()
         model[3].weight[0] = 1
     return model
+
+
+def test_a_file_that_grew_is_not_called_smaller() -> None:
+    grown = synthetic(2)
+    grown["original"]["bytes"], grown["result"]["bytes"] = 100, 120
+    text = report.page(grown)
+    assert "larger than it was" in text.split("</h1>")[0]
+    assert "smaller" not in text.split("</h1>")[0].split("<h1>")[1]

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
-from annotated_types import Ge, MinLen
+from annotated_types import Ge, Lt, MinLen
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from featherweight import budget
@@ -65,7 +65,7 @@ class Settings(_Keys):
     until: str | None = Field(None, description="stop when this holds: size<=0.1x, latency<=5ms, macs<=2M")
     guard: str | None = Field(None, description="roll a method back that breaks this: drop<=0.5pt")
     strict: bool = Field(False, description="the guard must hold at the upper end of the 95 % interval")
-    seed: int = Field(0, description="of every random choice")
+    seed: Annotated[int, Ge(0), Lt(1 << 32)] = Field(0, description="of every random choice")
     threads: Count | None = Field(None, description="threads of PyTorch; the bytes of a result depend on it")
     measure: bool = Field(True, description="count cost and bytes and time latency; otherwise only the metric")
     onnx: bool = Field(True, description="write and check the ONNX file")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -183,10 +184,13 @@ def _train(model: nn.Module, asked: Recipe, task: Task, out: Path | None) -> Non
         if kept is not None:
             kept.unlink(missing_ok=True)  # of an earlier run that trained
         return
-    if asked.resume and kept is not None and kept.exists():
+    threads = asked.threads if asked.threads is not None else torch.get_num_threads()
+    told = [asked.model, asked.weights, epochs, asked.data, asked.batch_size, asked.seed, threads]
+    made = json.dumps([*told, provenance.versions()])
+    if asked.resume and kept is not None and sources.made_how(kept) == made:
         sources.load_weights(model, kept)
         return
     progress.say(f"training {asked.model} for {epochs} epochs first")
     task.fit(model, task, epochs=epochs, lr=TRAIN_LR, label="train")
     if kept is not None:
-        sources.save_weights(model, kept)
+        sources.save_weights(model, kept, made)

@@ -74,16 +74,33 @@ def method(spec: str) -> tuple[str, dict[str, Any]]:
     return name, parse_options(options) if options else {}
 
 
-def save_weights(model: nn.Module, path: Path) -> None:
-    """Writes a state dict as safetensors, through a temporary file; tied tensors once each name."""
+def save_weights(model: nn.Module, path: Path, made: str = "") -> None:
+    """Writes a state dict as safetensors, through a temporary file; tied tensors once each name.
+
+    Args:
+        made: how the weights were made, kept in the file (`made_how`).
+    """
     from safetensors.torch import save_file
 
     temporary = path.with_name(f".tmp-{path.name}")
     try:
-        save_file({k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}, temporary)
+        save_file(
+            {k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}, temporary, {"made": made}
+        )
         temporary.replace(path)
     except OSError as error:
         raise BadData(f"{path} cannot be written ({error.strerror}): choose another folder") from None
+
+
+def made_how(path: Path) -> str:
+    """What `save_weights` was told about how the weights of a file were made; nothing for any other file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as held:
+            return str((held.metadata() or {}).get("made", ""))
+    except (OSError, SafetensorError):
+        return ""
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
