@@ -476,7 +476,7 @@ TEXTS = {
     b"{": "no JSON",
     b"\xff": "no JSON",
     b'{"names":' + b"9" * 5000 + b"}": "no JSON",
-    b'{"provenance":1e999}': "beyond 63 bits",
+    b'{"provenance":1e999}': "not finite",
     b'{"provenance":NaN}': "the number NaN",
     b'{"names":["a"],"names":["b"]}': "a key occurs twice",
     b'{"swaps":{"a":{"type":"ReLU","type":"Linear"}}}': "a key occurs twice",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 from featherweight.coding.records import DTYPES
@@ -108,7 +108,7 @@ def _no_constant(name: str) -> Any:
 
 
 def bounded(data: dict[str, Any]) -> None:
-    """Checks that nothing in a description is deeper, longer or larger than `DEPTH`, `LONGEST`, 2**63.
+    """Checks that nothing in a description is deeper or longer than `DEPTH`, `LONGEST`, no whole number larger than 2**63.
 
     Texts are names, and are shown to people: all but those of the provenance are printable.
 
@@ -138,7 +138,9 @@ def _bounded_leaf(value: Any, strict: bool) -> None:
     if isinstance(value, str):
         if (strict and not (len(value) <= LONGEST and value.isprintable())) or _broken(value):
             raise FormatError(f"the description of the model is corrupt: {shown(value)} is no name")
-    elif isinstance(value, (int, float)) and not abs(value) < 1 << 63:
+    elif isinstance(value, float) and not isfinite(value):
+        raise FormatError("the description of the model is corrupt: it holds a number that is not finite")
+    elif isinstance(value, int) and not abs(value) < 1 << 63:
         raise FormatError("the description of the model is corrupt: it holds a number beyond 63 bits")
 
 
