@@ -215,6 +215,8 @@ def _traced(model: nn.Module, call: Call, names: tuple[list[str], list[str]], op
 def _program(model: nn.Module, call: Call, *, dynamic: bool) -> Any:
     # torch.export loses the sizes of arguments by name where a signature does not list the names
     args, kwargs = model.positional(*call) if isinstance(model, Wired) else call
+    # torch marks tensors that it traces with symbolic sizes: each trace gets tensors of its own
+    args, kwargs = pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, (args, kwargs))
     batch = _batch(call)
 
     def free(value: Any) -> Any:
