@@ -108,7 +108,7 @@ def _no_constant(name: str) -> Any:
 
 
 def bounded(data: dict[str, Any]) -> None:
-    """Checks that nothing in a description is deeper, longer or, of whole numbers, larger than `DEPTH`, `LONGEST`, 2**63.
+    """Checks that nothing is deeper than `DEPTH`, longer than `LONGEST`, or a whole number beyond 63 bits.
 
     Texts are names, and are shown to people: all but those of the provenance are printable.
 
