@@ -233,6 +233,7 @@ GOLDEN_FILES: dict[str, tuple[Any, dict[str, Any]]] = {
     "rules_huffman": (rules, {"coder": "huffman"}),
     "rules_range": (rules, {"coder": "range"}),
     "rules_ans": (rules, {"coder": "ans"}),
+    "rules_adaptive": (rules, {"coder": "deepcabac"}),
     "rules_fixed": (rules, {"bare": True, "coder": "sparse_index"}),
     "types": (types, {}),
     "network": (network, {"provenance": {"seed": 2}, "example_inputs": torch.zeros(2, 1, 8, 8), "class_free": False}),

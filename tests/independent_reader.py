@@ -1,170 +1,157 @@
-"""A reader of bare .fw files, written from docs/format.md alone: no numpy, no torch, no coding library."""
+"""A reader of .fw files, written from docs/format.md alone: the standard library and numpy, nothing of ours."""
 
 from __future__ import annotations
 
-import struct
+import json
+import re
 import zlib
 from bisect import bisect_right
-from dataclasses import dataclass
 from math import prod
+from pathlib import Path
+from typing import Any
 
-SIZES = (4, 2, 2, 8, 1, 1, 2, 4, 8, 1, 2, 4, 8, 8, 16, 1, 1)  # bytes of an element, by number of the type
-FLOATS = {0, 1, 2, 3, 15, 16}
+import numpy as np
+
+FORMAT = Path(__file__).parents[1] / "docs" / "format.md"
+WORDS = "".join(re.findall("```words\n(.*?)```", FORMAT.read_text(), re.DOTALL)).replace("\n", "").encode()
+# By the number of a type: what numpy calls it, or calls its bit patterns (bfloat16, float8).
+TYPES = ("f4", "f2", "u2", "f8", "u1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "c8", "c16", "u1", "u1")
+BF16 = 2
 NARROWER = (None, 2, 1, 0, 4, 5, 6, 7)  # number of the storage -> number of the type
-SIGNED = {5, 6, 7, 8}
-SYMBOL_TYPES = (4, 5, 6, 7, 8)
 ALL = (1 << 64) - 1
 Tensor = tuple[int, tuple[int, ...], bytes]
 
 
-@dataclass
 class Bytes:
-    data: bytes
-    at: int = 0
+    def __init__(self, data: bytes, at: int = 0) -> None:
+        self.data, self.at = data, at
 
     def take(self, count: int) -> bytes:
-        self.at += count
-        return self.data[self.at - count : self.at]
+        start, self.at = self.at, self.at + count
+        return self.data[start : self.at]
 
     def varint(self) -> int:
         value = shift = 0
-        while True:
-            (byte,) = self.take(1)
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
+        while (byte := self.take(1)[0]) >= 128:
+            value, shift = value | (byte & 127) << shift, shift + 7
+        return value | byte << shift
+
+    def checked(self, start: int) -> None:
+        assert zlib.crc32(self.data[start : self.at]).to_bytes(4, "little") == self.take(4)
 
 
-def read_bare(data: bytes) -> list[Tensor]:
-    """(number of the type, shape, little-endian elements) of every record of a bare file."""
-    assert data[:3] == b"FW\x81"
-    assert zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "little")
-    source = Bytes(data[:-4], 3)
-    source.take(source.varint())  # swaps, edits and forms
-    found: list[Tensor] = []
-    while source.at < len(source.data):
-        if source.data[source.at] == 31:
+def read(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description, and (number of the type, shape, little-endian elements) of every tensor by name or number."""
+    bare, source, found = data[2] >= 128, Bytes(data), list[Tensor]()
+    assert source.take(3) in (b"FW\x01", b"FW\x81")
+    told = json.loads(zlib.decompressobj(-15, WORDS).decompress(source.take(source.varint())) or "{}")
+    (Bytes(data, len(data) - 4) if bare else source).checked(0)
+    while source.at < len(data) - 4 * bare:
+        start, length, block = source.at, 0 if bare else source.varint(), source.at
+        if bare and data[start] == 31:
             source.take(1)
             found.append(found[source.varint()])
         else:
             found.append(tensor(source))
-    return found
+        if not bare:
+            assert source.at == block + length
+            source.checked(start)
+    if bare:
+        return told, {str(i): one for i, one in enumerate(found)}
+    sites = [(path, at, form) for path, held in told.get("activations", {}).items() for at, form in held.items()]
+    forms = sorted((i, f"{path}/{at}/{key}") for path, at, form in sites for key, i in form["tensors"].items())
+    names = [*told.get("names", []), *(name for _, name in forms), *told.get("hidden", [])]
+    tensors = dict(zip(names, found, strict=True))
+    return told, tensors | {name: tensors[owner] for name, owner in told.get("ties", {}).items()}
 
 
 def tensor(source: Bytes) -> Tensor:
-    (first,) = source.take(1)
-    kind, dims = first & 31, first >> 5
-    dims = source.varint() if dims == 7 else dims
-    shape = tuple(source.varint() for _ in range(dims))
-    (byte,) = source.take(1)
-    read = (raw, planes, table, affine, product)[byte & 7]
-    return kind, shape, read(source, kind, shape, byte)
+    first = source.take(1)[0]
+    shape = tuple(source.varint() for _ in range(source.varint() if first >> 5 == 7 else first >> 5))
+    byte = source.take(1)[0]
+    elements = (raw, planes, table, affine, product)[byte & 7](source, first & 31, shape, byte)
+    return first & 31, shape, elements.tobytes()
 
 
-def raw(source: Bytes, kind: int, shape: tuple[int, ...], byte: int) -> bytes:
-    storage = byte >> 4
-    if storage == 15:
-        return bytes(prod(shape) * SIZES[kind])
-    stored = NARROWER[storage] if storage else kind
-    data = source.take(prod(shape) * SIZES[stored])
-    if stored == kind:
-        return data
-    return b"".join(encode(kind, decode(stored, piece)) for piece in pieces(data, SIZES[stored]))
+def values(kind: int, data: bytes) -> np.ndarray:
+    """The numbers of elements, as floats or integers of 64 bits."""
+    held = np.frombuffer(data, "<" + TYPES[kind])
+    held = (held.astype("u4") << 16).view("f4") if kind == BF16 else held
+    return held.astype("f8" if held.dtype.kind == "f" else "i8")
 
 
-def pieces(data: bytes, size: int) -> list[bytes]:
-    return [data[i : i + size] for i in range(0, len(data), size)]
+def elements_of(kind: int, numbers: np.ndarray) -> np.ndarray:
+    """Numbers as elements of a type, rounded to the nearest, ties to even."""
+    if kind != BF16:
+        return numbers.astype("f4" if TYPES[kind] == "f2" else numbers.dtype).astype("<" + TYPES[kind])
+    bits = numbers.astype("f4").view("u4").astype("u8")
+    return (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype("<u2")
 
 
-def decode(kind: int, data: bytes) -> float | int:
-    if kind == 2:
-        return struct.unpack("<f", b"\0\0" + data)[0]
-    if kind in FLOATS:
-        return struct.unpack("<" + "fe?d"[kind], data)[0]
-    return int.from_bytes(data, "little", signed=kind in SIGNED)
+def rounded(kind: int, numbers: np.ndarray) -> np.ndarray:
+    return values(kind, elements_of(kind, numbers).tobytes()).reshape(numbers.shape)
 
 
-def encode(kind: int, value: float | int) -> bytes:
-    if kind == 2:
-        return struct.pack("<f", value)[2:]
-    if kind in FLOATS:
-        return struct.pack("<" + "fe?d"[kind], value)
-    return int(value).to_bytes(SIZES[kind], "little", signed=kind in SIGNED)
+def raw(source: Bytes, kind: int, shape: tuple[int, ...], byte: int) -> np.ndarray:
+    stored = NARROWER[byte >> 4] if 0 < byte >> 4 < 15 else kind
+    size = prod(shape) * np.dtype(TYPES[stored]).itemsize
+    data = bytes(size) if byte >> 4 == 15 else source.take(size)
+    return np.frombuffer(data, "u1") if stored == kind else elements_of(kind, values(stored, data))
 
 
-def planes(source: Bytes, kind: int, shape: tuple[int, ...], byte: int) -> bytes:
-    size = SIZES[kind]
-    streams = [symbols(source, prod(shape), 256) for _ in range(size)]
-    out = []
-    for i in range(prod(shape)):
-        word = int.from_bytes(bytes(stream[i] for stream in streams), "little")
-        if kind in FLOATS:
-            word = word >> 1 | (word & 1) << (8 * size - 1)
-        out.append(word.to_bytes(size, "little"))
-    return b"".join(out)
+def planes(source: Bytes, kind: int, shape: tuple[int, ...], byte: int) -> np.ndarray:
+    size = np.dtype(TYPES[kind]).itemsize
+    held = np.stack([symbols(source, prod(shape), 256) for _ in range(size)], 1).astype("u1").reshape(-1)
+    words = held.view(f"<u{size}")
+    return words >> 1 | words << (8 * size - 1) if kind in (0, 1, 2, 3, 15, 16) else words
 
 
-def table(source: Bytes, kind: int, shape: tuple[int, ...], byte: int) -> bytes:
-    _, (count,), values = tensor(source)
-    entries = pieces(values, SIZES[kind])
-    return b"".join(entries[s] for s in symbols(source, prod(shape), count))
+def table(source: Bytes, kind: int, shape: tuple[int, ...], byte: int) -> np.ndarray:
+    _, (count,), held = tensor(source)
+    return np.frombuffer(held, f"V{len(held) // count}")[symbols(source, prod(shape), count)]
 
 
-def affine(source: Bytes, kind: int, shape: tuple[int, ...], byte: int) -> bytes:
-    (first,) = source.take(1)
-    axis = (first & 31) - 1
-    zigzag, size = source.varint(), source.varint()
+def affine(source: Bytes, kind: int, shape: tuple[int, ...], byte: int) -> np.ndarray:
+    axis, zigzag, size = (source.take(1)[0] & 31) - 1, source.varint(), source.varint()
+    (scale_kind, _, scale), (zero_kind, _, zero) = tensor(source), tensor(source)
+    along = [-1 if d == axis else 1 for d in range(len(shape))] if axis >= 0 else 1
     low = zigzag >> 1 if zigzag % 2 == 0 else -(zigzag >> 1) - 1
-    scale, zero = (
-        [decode(k, piece) for piece in pieces(data, SIZES[k])] for k, _, data in (tensor(source), tensor(source))
-    )
-    after = prod(shape[axis + 1 :]) if axis >= 0 else 1
-    out = []
-    for i, symbol in enumerate(symbols(source, prod(shape), size)):
-        channel = i // after % shape[axis] if axis >= 0 else 0
-        offset = low + symbol - zero[channel % len(zero)]
-        out.append(encode(kind, offset * scale[channel % len(scale)]))
-    return signs(source, kind, out, byte)
+    whole = (np.array(symbols(source, prod(shape), size), "i8") + low).reshape(shape)
+    offset = values(zero_kind, zero).reshape(along)
+    gap = whole - offset if offset.dtype == "i8" else rounded(zero_kind, rounded(zero_kind, whole) - offset)
+    weight = rounded(scale_kind, gap) * values(scale_kind, scale).reshape(along)
+    return signed(source, elements_of(kind, weight.reshape(-1)), byte)
 
 
-def product(source: Bytes, kind: int, shape: tuple[int, ...], byte: int) -> bytes:
-    _, (blocks, count, width), data = tensor(source)
-    vectors = pieces(data, SIZES[kind] * width)
-    chosen = symbols(source, shape[0] * blocks, count)
-    joined = b"".join(vectors[i % blocks * count + s] for i, s in enumerate(chosen))
-    return signs(source, kind, pieces(joined, SIZES[kind]), byte)
+def product(source: Bytes, kind: int, shape: tuple[int, ...], byte: int) -> np.ndarray:
+    _, (blocks, count, width), held = tensor(source)
+    chosen = np.reshape(symbols(source, shape[0] * blocks, count), (shape[0], blocks))
+    vectors = np.frombuffer(held, "<" + TYPES[kind]).reshape(blocks, count, width)
+    return signed(source, vectors[np.arange(blocks), chosen].reshape(-1), byte)
 
 
-def signs(source: Bytes, kind: int, elements: list[bytes], byte: int) -> bytes:
+def signed(source: Bytes, elements: np.ndarray, byte: int) -> np.ndarray:
     if byte & 16:
-        zeros = [i for i, e in enumerate(elements) if decode(kind, e) == 0]
-        for i, negative in zip(zeros, symbols(source, len(zeros), 2), strict=True):
-            elements[i] = encode(kind, -0.0 if negative else 0.0)
-    return b"".join(elements)
-
-
-# --- streams of symbols -----------------------------------------------------------------------------------------------
+        bits, top = elements.view(f"<u{elements.itemsize}"), 1 << 8 * elements.itemsize - 1
+        zeros = np.flatnonzero((bits & (top - 1)) == 0)
+        bits[zeros] = np.array(symbols(source, len(zeros), 2), bits.dtype) * bits.dtype.type(top)
+    return elements
 
 
 def symbols(source: Bytes, count: int, size: int) -> list[int]:
-    (head,) = source.take(1)
-    layout, rest = head & 3, head >> 2
-    if layout == 0:
+    head = source.take(1)[0]
+    if head & 3 == 0:
         if size <= 1 or not count:
             return [0] * count
-        return (fixed, huffman, range_code, ans)[rest](source, count, size)
+        return (fixed, huffman, range_code, ans, adaptive)[head >> 2](source, count, size)
     background = source.varint()
-    if layout == 2:
+    if head & 3 == 2:
         mask = symbols(source, count, 2)
-        values = iter(symbols(source, sum(mask), size))
-        return [next(values) if kept else background for kept in mask]
+        held = iter(symbols(source, sum(mask), size))
+        return [next(held) if kept else background for kept in mask]
     entries = source.varint()
-    gaps = symbols(source, entries, 1 << rest)
-    values = symbols(source, entries, size)
-    out: list[int] = []
-    for gap, value in zip(gaps, values, strict=True):
-        out += [background] * gap + [value]
+    gaps, held = symbols(source, entries, 1 << (head >> 2)), iter(symbols(source, entries, size))
+    out = [symbol for gap in gaps for symbol in (*[background] * gap, next(held))]
     return out + [background] * (count - len(out))
 
 
@@ -175,84 +162,60 @@ def bit_string(data: bytes) -> str:
 def fixed(source: Bytes, count: int, size: int) -> list[int]:
     width = (size - 1).bit_length()
     bits = bit_string(source.take(-(-count * width // 8)))
-    return [int(bits[i * width : (i + 1) * width], 2) for i in range(count)]
+    return [int(bits[at : at + width], 2) for at in range(0, count * width, width)]
 
 
 def integers(source: Bytes, count: int) -> list[int]:
-    (parameters,) = source.take(1)
-    k = parameters & 15
-    bits, at, out = bit_string(source.data[source.at :]), 0, []
+    parameters, at, out = source.take(1)[0], 0, list[int]()
+    bits, k = bit_string(source.data[source.at :]), parameters & 15
     for _ in range(count):
-        zeros = bits.index("1", at) - at
-        end = at + 2 * zeros + k + 1
-        out.append(int(bits[at + zeros : end], 2) - (1 << k))
-        at = end
+        start, at = at, 2 * bits.index("1", at) - at + k + 1
+        out.append(int(bits[start:at], 2) - (1 << k))
     source.take(-(-at // 8))
-    if parameters & 16:
-        total, steps, out = 0, out, []
-        for step in steps:
-            total += step >> 1 if step % 2 == 0 else -(step >> 1) - 1
-            out.append(total)
-    return out
+    steps = [v >> 1 if v % 2 == 0 else -(v >> 1) - 1 for v in out]
+    return np.cumsum(steps).tolist() if parameters & 16 else out
 
 
 def huffman(source: Bytes, count: int, size: int) -> list[int]:
-    lengths = integers(source, size)
-    used = sorted((length, symbol) for symbol, length in enumerate(lengths) if length)
-    if len(used) == 1:
-        return [used[0][1]] * count
-    words, word, last = {}, 0, used[0][0]
-    for i, (length, symbol) in enumerate(used):
-        word = (word + 1) << (length - last) if i else 0
-        last = length
+    used = sorted((length, symbol) for symbol, length in enumerate(integers(source, size)) if length)
+    words, word, last = dict[str, int](), -1, used[0][0]
+    for length, symbol in used:
+        word, last = (word + 1) << (length - last), length
         words[f"{word:0{length}b}"] = symbol
-    bits, at, out = bit_string(source.take(source.varint())), 0, []
+    bits, at, out = bit_string(source.take(source.varint())) if len(used) > 1 else "0" * count, 0, list[int]()
     for _ in range(count):
-        end = at + 1
-        while bits[at:end] not in words:
-            end += 1
-        out.append(words[bits[at:end]])
-        at = end
+        start, at = at, next(end for end in range(at + 1, at + 25) if bits[at:end] in words)
+        out.append(words[bits[start:at]])
     return out
 
 
-def intervals(frequencies: list[int]) -> list[int]:
-    """Where each symbol starts among 2**24, and 2**24."""
-    sums = [0]
-    for frequency in frequencies:
-        sums.append(sums[-1] + frequency)
-    scaled = [(s << 22) // sums[-1] for s in sums[:-1]]
-    return [(s * ((1 << 24) - len(frequencies)) >> 22) + i for i, s in enumerate(scaled)] + [1 << 24]
+def coded(source: Bytes, size: int, *, front: bool) -> tuple[list[int], list[int]]:
+    """Where each symbol starts among 2**24 and that number, and the words of the code."""
+    sums = np.cumsum([0, *integers(source, size)])
+    starts = [(int(c) * ((1 << 24) - size) >> 22) + i for i, c in enumerate((sums[:-1] << 22) // sums[-1])]
+    data = source.take(source.varint())
+    last = len(data) - len(data) % 4 if front else len(data)
+    padded = data[:last] + bytes(-len(data) % 4) + data[last:]
+    return [*starts, 1 << 24], np.frombuffer(padded, "<u4").tolist()
 
 
 def range_code(source: Bytes, count: int, size: int) -> list[int]:
-    starts = intervals(integers(source, size))
-    data = source.take(source.varint())
-    rest = len(data) % 4
-    data = data[: len(data) - rest] + (bytes(4 - rest) + data[len(data) - rest :] if rest else b"")
-    words = [int.from_bytes(piece, "little") for piece in pieces(data, 4)] + [0, 0]
-    point, at, lower, span, out = words[0] << 32 | words[1], 2, 0, ALL, []
+    starts, words = coded(source, size, front=True)
+    words = [*words, 0, 0, *[0] * count]
+    point, at, lower, span, out = words[0] << 32 | words[1], 2, 0, ALL, list[int]()
     for _ in range(count):
         unit = span >> 24
         symbol = bisect_right(starts, (point - lower & ALL) // unit) - 1
         out.append(symbol)
-        lower = lower + unit * starts[symbol] & ALL
-        span = unit * (starts[symbol + 1] - starts[symbol])
+        lower, span = lower + unit * starts[symbol] & ALL, unit * (starts[symbol + 1] - starts[symbol])
         if span < 1 << 32:
-            lower, span = lower << 32 & ALL, span << 32
-            point = point << 32 & ALL | (words[at] if at < len(words) else 0)
-            at += 1
+            lower, span, point, at = lower << 32 & ALL, span << 32, point << 32 & ALL | words[at], at + 1
     return out
 
 
 def ans(source: Bytes, count: int, size: int) -> list[int]:
-    starts = intervals(integers(source, size))
-    data = source.take(source.varint())
-    words = [int.from_bytes(piece, "little") for piece in pieces(data, 4)]
-    state = 0
-    for _ in range(2):
-        state = state << 32 | words.pop() if words else state
-    out = []
+    starts, words = coded(source, size, front=False)
+    state, words, out = sum(word << 32 * i for i, word in enumerate(words[-2:])), words[:-2], list[int]()
     for _ in range(count):
         slot = state & ((1 << 24) - 1)
         symbol = bisect_right(starts, slot) - 1
@@ -261,3 +224,39 @@ def ans(source: Bytes, count: int, size: int) -> list[int]:
         if state < 1 << 32 and words:
             state = state << 32 | words.pop()
     return out
+
+
+def adaptive(source: Bytes, count: int, size: int) -> list[int]:
+    centre, width, rates = source.varint(), source.varint(), source.take(1)[0]
+    data, held = iter(source.take(source.varint())), dict[int, list[int]]()
+    code, span, out = int.from_bytes([next(data, 0) for _ in range(4)], "big"), (1 << 32) - 1, list[int]()
+
+    def bit(context: int) -> int:
+        nonlocal code, span
+        state = held.pop(context, [1 << 15, 1 << 15, 0])
+        bound = (span >> 16) * min(max((state[0] + state[1]) >> 1, 48), (1 << 16) - 48)
+        one = int(code < bound)
+        code, span = (code, bound) if one else (code - bound, span - bound)
+        while span < 1 << 24:
+            code, span = code << 8 | next(data, 0), span << 8
+        for i, rate in enumerate((rates & 15, rates >> 4)):
+            step = min(rate, state[2] + 1)
+            state[i] += ((1 << 16) - state[i]) >> step if one else -(state[i] >> step)
+        if context >= 0:
+            held[context] = [*state[:2], min(state[2] + 1, 16)]
+        return one
+
+    for i in range(count):
+        left, beyond = (out[i - 1] if i % width >= 1 else 0), (out[i - 2] if i % width >= 2 else 0)
+        above, value, negative = (out[i - width] if i >= width else 0), 0, 0
+        if bit(2 * (3 * min(abs(left), 2) + min(abs(above), 2)) + (beyond != 0)):
+            negative = bit(18 + 3 * (1 + int(np.sign(left))) + 1 + int(np.sign(above)))
+            near, value = abs(left) + abs(above), 1
+            first = 27 + 28 * (0 if near <= 2 else 1 if near <= 6 else 2) + 14 * negative
+            while value < 15 and bit(first + value - 1):
+                value += 1
+            if value == 15:
+                length = next(n for n in range(19) if not bit(111 + n))
+                value = 14 + int("1" + "".join(str(bit(-1)) for _ in range(length)), 2)
+        out.append(-value if negative else value)
+    return [value + centre for value in out]

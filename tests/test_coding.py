@@ -18,12 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import independent_reader
 from featherweight.coding import inspect, load, pack_tensor, save, unpack, unpack_codes, unpack_tensor
 from featherweight.coding.bits import Reader, entropy_bits, pack, pack_fixed, pack_list, unpack_fixed, unpack_list
 from featherweight.coding.coders.huffman import code_lengths, huffman, huffman_decode
 from featherweight.coding.coders.range_coder import range_coder, range_decode
 from featherweight.coding.coders.rans import rans, rans_decode
 from featherweight.coding.coders.sparse_index import from_gaps, sparse_index
+from featherweight.coding.manifest import WORDS
 from featherweight.coding.records import DTYPES, same_bits
 from featherweight.coding.streams import allowed, pack_symbols, unpack_symbols
 from featherweight.core.blueprint import activation_forms, structure
@@ -45,7 +47,6 @@ from featherweight.core.forms import (
 from featherweight.core.surgery import swap
 from featherweight.errors import BadData, BadOption, FeatherweightError, FormatError, UnknownName
 from golden_models import GOLDEN_FILES, fresh
-from independent_reader import read_bare
 
 GOLDEN = Path(__file__).parent / "golden"
 REGENERATE = "FEATHERWEIGHT_REGENERATE"
@@ -623,12 +624,50 @@ def test_golden_files_read_as_they_always_did(name: str) -> None:
     assert activation_forms(found).keys() == activation_forms(model).keys()
 
 
-@pytest.mark.parametrize("name", [n for n, (_, options) in GOLDEN_FILES.items() if options.get("bare")])
+@pytest.mark.parametrize("name", GOLDEN_FILES)
 def test_a_reader_written_from_the_specification_alone_agrees(name: str) -> None:
-    tensors = unpack(GOLDEN / f"{name}.fw")
-    independent = read_bare((GOLDEN / f"{name}.fw").read_bytes())
-    assert len(independent) == len(tensors)
-    for (dtype, shape, raw), tensor in zip(independent, tensors.values(), strict=True):
-        assert DTYPES[dtype] == tensor.dtype
-        assert shape == tuple(tensor.shape)
-        assert raw == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    path = GOLDEN / f"{name}.fw"
+    told, independent = independent_reader.read(path.read_bytes())
+    tensors = unpack(path)
+    assert independent.keys() == tensors.keys()
+    for key, (dtype, shape, raw) in independent.items():
+        assert DTYPES[dtype] == tensors[key].dtype, key
+        assert shape == tuple(tensors[key].shape), key
+        assert raw == tensors[key].reshape(-1).view(torch.uint8).numpy().tobytes(), key
+    manifest = inspect(path)["manifest"]
+    assert told == {key: value for key, value in manifest.items() if value}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_the_reader_s_arithmetic_is_ours_to_the_last_bit(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randint(-(1 << 20), 1 << 20, (6, 7), generator=generator)
+    for zero_type in (
+        torch.uint8,
+        torch.int32,
+        torch.int64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+    ):
+        for size, axis in (((), None), ((1,), None), ((6,), 0), ((7,), 1)):
+            scale = (torch.rand(size, generator=generator) + 0.3).to(dtype)
+            zero = (torch.rand(size, generator=generator) * 99).to(zero_type)
+            codes = Codes(whole, Affine(scale, zero, axis), (6, 7))
+            if not codes.decode().isfinite().all():  # integers beyond float16
+                codes = Codes(whole % 1000, Affine(scale, zero, axis), (6, 7))
+            data = pack_tensor(codes.decode(), codes)
+            number, shape, raw = independent_reader.tensor(independent_reader.Bytes(data))
+            assert (DTYPES[number], shape) == (dtype, (6, 7))
+            assert raw == codes.decode().view(torch.uint8).numpy().tobytes()
+            assert data[3] & 7 == 3  # the codes were used
+
+
+def test_the_reader_needs_the_page_alone_and_is_short() -> None:
+    source = Path(independent_reader.__file__).read_text()
+    code = [line for line in source.splitlines() if line.strip() and not line.strip().startswith(("#", '"""'))]
+    imports = [line.split()[1].partition(".")[0] for line in code if line.startswith(("import ", "from "))]
+    assert {*imports} <= {*sys.stdlib_module_names, "numpy"}
+    assert len(code) - len(imports) < 200
+    assert independent_reader.WORDS == WORDS

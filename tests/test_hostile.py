@@ -121,6 +121,15 @@ BOMBS = {
     "a list of more integers than bits": (head(9) + b"\x02" + head(65536) + b"\xf0\x04\x00\x00", "65536 integers"),
     "a range code of nothing": (head(9) + b"\x02" + TABLE_OF_2 + b"\x08\x0f" + b"\0" * 8, "corrupt"),
     "an ANS code that ends in a zero": (head(9) + b"\x02" + TABLE_OF_2 + b"\x0c\x00\x48\x01\x00", "ends in a zero"),
+    "an adaptive code beyond its range": (  # found: it grows with every byte that is read
+        head(9) + b"\x02" + TABLE_OF_2 + b"\x10\x00\x09\x54\x06" + b"\xff" * 5 + b"\x01",
+        "head of a context-adaptive code",
+    ),
+    "an adaptive code of no rate": (head(9) + b"\x02" + TABLE_OF_2 + b"\x10\x00\x09\x04\x00", "context-adaptive code"),
+    "an adaptive code that goes on": (
+        head(1) + b"\x02" + TABLE_OF_2 + b"\x10\x00\x09\x54\x20" + b"\x7f" * 32,
+        "context-adaptive code goes on",
+    ),
     "an unknown type": (bytes([0x1E, 0]), "type 30"),
     "an unknown layout": (head(3) + b"\x07", "unknown layout 7"),
     "an unknown storage": (head(3) + b"\x80" + b"\0" * 12, "unknown type 8"),

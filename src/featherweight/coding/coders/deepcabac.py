@@ -62,7 +62,8 @@ def deepcabac_decode(reader: Reader, count: int, size: int) -> Ints:
     centre, width, rates = reader.varint(), reader.varint(), reader.byte()
     fast, slow = rates & 15, rates >> 4
     data = reader.take(reader.varint())
-    if centre >= size or not 0 < width < 1 << 48 or not fast or not slow or data.endswith(b"\0"):
+    outside = data[:4] == b"\xff" * 4  # such a code lies beyond the first range, and would grow without end
+    if centre >= size or not 0 < width < 1 << 48 or not fast or not slow or outside or data.endswith(b"\0"):
         raise FormatError("the file is corrupt: the head of a context-adaptive code is impossible")
     values, used = decode(np.frombuffer(data, dtype=np.uint8), count, width, fast, slow)
     symbols = values + centre
