@@ -1,6 +1,6 @@
 """What every architecture must pass: it is wired, loses three channels in ten, and still computes what masking does.
 
-`python gate.py name file.json` does all of it for one: also the file in a fresh process, training and ONNX.
+`python gate.py file.json name ...` does all of it: also the files in a fresh process, training and ONNX.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def settle(model: nn.Module, inputs: Any) -> None:
 def found(architecture: Architecture, seed: int = 0) -> Found:
     """Builds, wires and traces an architecture with random weights."""
     torch.manual_seed(seed)
-    model, inputs = randomise(architecture.build().eval(), seed), architecture.inputs()
+    model, inputs = randomise(architecture.build().eval(), seed), architecture.inputs()  # what it needs is imported
     settle(model, inputs)
     start = time.process_time()
     wired = wire(model, inputs)
@@ -143,49 +144,58 @@ def stale(model: nn.Module) -> list[str]:
     return found
 
 
-def reopened(model: Wired, inputs: Any) -> dict[str, Any]:
-    """What a fresh process without transformers finds when it opens the model's file: see `reopened.py`."""
-    args, kwargs = as_call(inputs)
-    with tempfile.TemporaryDirectory() as name, torch.no_grad():
-        folder = Path(name)
-        report = fw.save(model, folder / "model.fw", example_inputs=inputs)
-        torch.save({"inputs": inputs, "outputs": floats(model.eval()(*args, **kwargs))}, folder / "call.pt")
-        script = [sys.executable, str(Path(__file__).with_name("reopened.py")), str(folder)]
-        done = subprocess.run(script, capture_output=True, text=True, check=False, env=os.environ)
-        if done.returncode:
-            return {"failed": "the file: " + done.stderr.strip().splitlines()[-1]}
-        return {"bytes": report.bytes, **json.loads((folder / "found.json").read_text())}
-
-
-def passed(name: str) -> dict[str, Any]:
-    """Everything about one architecture, JSON-able; `failed` says what did not work."""
+def cut(name: str, folder: Path) -> dict[str, Any]:
+    """The first half, JSON-able: the network is written down, loses channels, and is saved for `reopened.py`."""
     architecture = (ARCHITECTURES | TEXT | REAL)[name]
-    architecture.build()  # imports what the network needs
-    facts: dict[str, Any] = {}
-    try:
-        one = found(architecture)
-        sizes = [[d in i.free for d in range(len(i.shape))] for i in one.wired.wiring.inputs]
-        facts |= {
-            "wiring_seconds": one.wiring_seconds,
-            "groups_seconds": one.groups_seconds,
-            "steps": len(one.wired.wiring.steps),
-            "free_sizes": sizes,
-            "channels": one.channels.count,
-            "outputs": sum(len(ids) for ids in one.channels.outputs.values()),
-            "prunable": prunable(one.channels),
-            "pins": pins(one.channels),
-            "parameters": sum(p.numel() for p in one.wired.parameters()),
-        }
-        if name in REAL:
-            return facts
-        facts["removal_error"] = removal_error(widened(one))
-        remove_channels(one.wired, doomed(one.channels), channels=one.channels)
-        facts |= {"parameters_left": sum(p.numel() for p in one.wired.parameters()), "stale": stale(one.wired)}
-        facts |= reopened(one.wired, one.inputs)
-    except fw.FeatherweightError as error:
-        facts["failed"] = str(error)
+    one = found(architecture)
+    facts = {
+        "wiring_seconds": one.wiring_seconds,
+        "groups_seconds": one.groups_seconds,
+        "steps": len(one.wired.wiring.steps),
+        "free_sizes": [[d in i.free for d in range(len(i.shape))] for i in one.wired.wiring.inputs],
+        "channels": one.channels.count,
+        "outputs": sum(len(ids) for ids in one.channels.outputs.values()),
+        "prunable": prunable(one.channels),
+        "pins": pins(one.channels),
+        "parameters": sum(p.numel() for p in one.wired.parameters()),
+    }
+    if name in REAL:
+        return facts
+    facts["removal_error"] = removal_error(widened(one))
+    remove_channels(one.wired, doomed(one.channels), channels=one.channels)
+    facts |= {"parameters_left": sum(p.numel() for p in one.wired.parameters()), "stale": stale(one.wired)}
+    folder.mkdir()
+    facts["bytes"] = fw.save(one.wired, folder / "model.fw", example_inputs=one.inputs).bytes
+    args, kwargs = as_call(one.inputs)
+    with torch.no_grad():
+        outputs = floats(one.wired.eval()(*args, **kwargs))
+    torch.save({"inputs": one.inputs, "outputs": outputs}, folder / "call.pt")
+    return facts
+
+
+def passed(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Everything about each of these architectures, JSON-able; `failed` says what did not work."""
+    facts: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as parent:
+        folders = {name: Path(parent) / str(i) for i, name in enumerate(names)}
+        for name, folder in folders.items():
+            try:
+                facts[name] = cut(name, folder)
+            except Exception as error:  # whatever it is, it is what did not work
+                facts[name] = {"failed": f"{type(error).__name__}: {error}"}
+        saved = [str(folder) for folder in folders.values() if (folder / "call.pt").exists()]
+        script = [sys.executable, str(Path(__file__).with_name("reopened.py")), *saved]
+        said = (
+            subprocess.run(script, capture_output=True, text=True, check=False, env=os.environ).stderr if saved else ""
+        )
+        for name, folder in folders.items():
+            if str(folder) in saved:
+                ended = folder / "found.json"
+                facts[name] |= (
+                    json.loads(ended.read_text()) if ended.exists() else {"failed": f"the file: {said[-300:]}"}
+                )
     return facts
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(passed(sys.argv[1])))
+    Path(sys.argv[1]).write_text(json.dumps(passed(sys.argv[2:])))

@@ -1,6 +1,6 @@
-"""A file in a fresh process that cannot import transformers: `python reopened.py folder` writes what it found there.
+"""Files in a fresh process that cannot import transformers: `python reopened.py folder ...` fills `found.json`.
 
-The folder holds `model.fw`, and `call.pt` with inputs and the outputs that are expected.
+A folder holds `model.fw`, and `call.pt` with inputs and the outputs that are expected.
 """
 
 from __future__ import annotations
@@ -56,34 +56,47 @@ def training_step(model: nn.Module, inputs: Any) -> tuple[float, float, int]:
     before.backward()
     parameters = [p for p in model.parameters() if p.requires_grad]
     square = sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None)
+    steps = [(p, p.detach().clone(), p.grad / square) for p in parameters if p.grad is not None]
     with torch.no_grad():
-        for p in parameters:
-            if p.grad is not None:
-                p.sub_(0.05 * before.detach() / square * p.grad)  # to first order the loss falls by a twentieth
-        after = loss()
+        for share in (1e-2, 1e-3, 1e-4):  # by which the loss falls to first order, where the step is short enough
+            for p, old, direction in steps:
+                p.copy_(old - share * before.detach() * direction)
+            after = loss()
+            if after < before:
+                break
     return float(before), float(after), sum(p.grad is None for p in parameters)
 
 
-def main(folder: Path) -> None:
+def found(folder: Path) -> dict[str, Any]:
     """Opens the file, compares, exports, trains."""
-    if "transformers" in sys.modules:
-        raise RuntimeError("transformers is imported already: nothing would be proved")
-    sys.modules["transformers"] = None  # type: ignore[assignment] # whoever imports it gets an ImportError
     call = torch.load(folder / "call.pt", weights_only=True)
     model = fw.load(folder / "model.fw")
     if not isinstance(model, Wired):
-        raise TypeError(f"the file opens as a {type(model).__name__}, a Wired was expected")
+        return {"failed": f"the file opens as a {type(model).__name__}, a Wired was expected"}
     args, kwargs = as_call(call["inputs"])
     with torch.no_grad():
-        found: dict[str, Any] = {"moved": difference(model(*args, **kwargs), call["outputs"])}
+        facts: dict[str, Any] = {"moved": difference(model(*args, **kwargs), call["outputs"])}
     try:
         report = onnx(model, folder / "model.onnx", example_inputs=call["inputs"])
-        found |= {"onnx_difference": report.difference, "onnx_dynamic_batch": report.dynamic_batch}
+        facts |= {"onnx_difference": report.difference, "onnx_dynamic_batch": report.dynamic_batch}
     except fw.FeatherweightError as error:
-        found["onnx_failed"] = str(error)
-    found["loss_before"], found["loss_after"], found["without_gradient"] = training_step(model, call["inputs"])
-    (folder / "found.json").write_text(json.dumps(found))
+        facts["onnx_failed"] = str(error)
+    facts["loss_before"], facts["loss_after"], facts["without_gradient"] = training_step(model, call["inputs"])
+    return facts
+
+
+def main(folders: list[str]) -> None:
+    """One after the other; an error ends one of them only."""
+    if "transformers" in sys.modules:
+        raise RuntimeError("transformers is imported already: nothing would be proved")
+    sys.modules["transformers"] = None  # type: ignore[assignment] # whoever imports it gets an ImportError
+    for folder in map(Path, folders):
+        try:
+            facts = found(folder)
+        except Exception as error:  # whatever it is, it is what did not work
+            facts = {"failed": f"the file: {type(error).__name__}: {error}"}
+        (folder / "found.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1:])

@@ -394,8 +394,10 @@ def _counted(flow: Flow, labels: Tensor | None) -> Tensor | None:
     """
     if labels is None or labels.dim() == 1:
         return labels
-    found = compact(flow.unions.find(labels.flatten(1)))
-    return found.flatten() if found.size(0) > 1 and found.size(1) == 1 else None
+    labels = labels.flatten(1)
+    found = compact(flow.unions.find(labels))
+    along = found.size(0) > 1 or (len(labels) == 1 and labels.size(1) > 1)
+    return found.flatten() if along and found.size(1) == 1 else None
 
 
 def _written(model: Wired, place: Slot, ids: Tensor) -> list[Written]:

@@ -96,10 +96,10 @@ def picks_channels(call: Call, x: Val) -> bool:
 
 def cut_out(call: Call, x: Val) -> None:
     """A part of the channels: its ends count those before them; every second one is of pairs that go together."""
-    dims, at, dim = x.value.dim(), carrier(x.labels), call.arg(1, "dim", 0)
-    if at is None or dim % dims != at + dims or call.value.shape == x.value.shape or x.labels is None:
+    dim = call.arg(1, "dim", 0) % x.value.dim()
+    ids, size = along(x, dim), x.value.shape[dim]
+    if ids is None or call.value.shape == x.value.shape:
         return
-    ids, size = x.labels.flatten(), x.value.shape[dim]
     if call.name == "narrow":
         start = plain(call.arg(2, "start"))
         call.counts(2, "start", ids[:start])
@@ -112,7 +112,7 @@ def cut_out(call: Call, x: Val) -> None:
     elif size % step or not 0 <= (start or 0) < step or (isinstance(end, int) and end < size):
         call.pin(x, why="of single channels")
     else:
-        blocks = ids.view(-1, step)
+        blocks = ids.unflatten(0, (-1, step))
         call.flow.unions.unite(blocks[:, :1], blocks)
 
 
