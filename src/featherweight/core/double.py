@@ -19,7 +19,9 @@ class Double(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """The operator, with other types in its arguments."""
+        """The operator, with other types in its arguments; assertions about types no longer mean anything."""
+        if func._schema.name == "aten::_assert_tensor_metadata":
+            return None
         return func(*(_wide(a) for a in args), **{key: _wide(a) for key, a in (kwargs or {}).items()})
 
 
