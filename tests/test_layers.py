@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
+from collections.abc import Callable
 
 import pytest
+import torch
 from torch import nn
 
 from featherweight.core.arguments import agrees
-from featherweight.core.layers import LEAVES, build_layer, layer_spec
+from featherweight.core.layers import LEAVES, build_layer, count_layers, layer_spec
+from featherweight.errors import FormatError
 
 LAYERS = (
     nn.Linear(2, 3), nn.Bilinear(2, 3, 4), nn.Conv1d(2, 2, 3), nn.Conv2d(2, 2, (3, 1), padding="same"),
@@ -29,6 +33,9 @@ LAYERS = (
     nn.PixelUnshuffle(2), nn.ChannelShuffle(2), nn.Upsample(scale_factor=2), nn.Upsample(size=(3, 4), mode="bilinear"),
     nn.Upsample(scale_factor=(2.0, 1.5), mode="bicubic", align_corners=True), nn.ZeroPad1d((1, 2)), nn.ZeroPad2d(-1),
     nn.ReflectionPad1d(1), nn.ReflectionPad2d((1, 0, 1, 0)), nn.ReplicationPad2d(1),
+    nn.BatchNorm2d(3, bias=False), nn.GroupNorm(2, 4, bias=False), nn.Embedding(3, 4, scale_grad_by_freq=True),
+    nn.Embedding(3, 4, sparse=True), nn.Upsample(scale_factor=1.7, recompute_scale_factor=True),
+    nn.AdaptiveMaxPool2d(2, return_indices=True),
     nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.ReLU())),
 )  # fmt: skip
 
@@ -41,7 +48,70 @@ def test_a_layer_comes_back_from_its_description(layer: nn.Module) -> None:
     assert repr(again) == repr(layer)
     assert [p.shape for p in again.parameters()] == [p.shape for p in layer.parameters()]
     assert agrees(again)
+    for name in LEAVES.get(type(layer).__name__, (None, ()))[1]:
+        assert (getattr(again, name) is None) == (getattr(layer, name) is None), name
+        if isinstance(getattr(layer, name), (bool, int, float, str)):
+            assert getattr(again, name) == getattr(layer, name), name
 
 
 def test_every_layer_of_the_table_is_among_them() -> None:
     assert {type(layer).__name__ for layer in LAYERS} >= LEAVES.keys()
+
+
+# What needs no word in a file: where and of what type, first values, old names of others; transposed convolutions take
+# no padding but zeros.
+UNSAID = {
+    *("self", "device", "dtype", "args", "kwargs", "_weight", "_freeze"),
+    *("PReLU init", "Hardtanh min_value", "Hardtanh max_value"),
+    *(f"ConvTranspose{d}d padding_mode" for d in (1, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", LEAVES)
+def test_every_argument_of_a_layer_is_said(kind: str) -> None:
+    make, names = LEAVES[kind]
+    taken = inspect.signature(make.__init__).parameters  # type: ignore[misc]
+    assert {n for n in taken if n not in UNSAID and f"{kind} {n}" not in UNSAID} <= set(names)
+
+
+def gain() -> nn.Module:
+    layer = nn.Linear(2, 2)
+    layer.register_parameter("gain", nn.Parameter(torch.ones(2)))
+    return layer
+
+
+def without_weight() -> nn.Module:
+    layer = nn.BatchNorm1d(3)
+    layer.weight = None  # type: ignore[assignment]
+    return layer
+
+
+def mirrored() -> nn.Module:
+    layer = nn.ConvTranspose1d(2, 2, 3)
+    layer.padding_mode = "reflect"
+    return layer
+
+
+def on_a_sequential() -> nn.Module:
+    layer = nn.Sequential(nn.ReLU())
+    layer.register_buffer("shift", torch.ones(2))
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (gain, r"tensor of shape \(2,\) as gain, where such a layer has nothing"),
+        (without_weight, "nothing as weight"),
+        (mirrored, "'reflect' as padding_mode"),
+        (on_a_sequential, "as shift"),
+    ],
+)
+def test_a_layer_that_has_more_than_its_arguments_say_is_refused(make: Callable[[], nn.Module], says: str) -> None:
+    with pytest.raises(FormatError, match=says):
+        layer_spec(make())
+
+
+def test_both_directions_of_a_recurrent_layer_are_counted() -> None:
+    specs = [layer_spec(nn.GRU(1, 1, 3, bidirectional=both)) for both in (False, True)]
+    assert [count_layers(spec) for spec in specs] == [12, 24]

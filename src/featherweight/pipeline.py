@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from featherweight import allowed, anatomy, budget, catalogue, export, recipe_text
 from featherweight import report as pages
@@ -24,6 +23,7 @@ from featherweight.catalogue import Entry
 from featherweight.checkpoint import Checkpoints
 from featherweight.coding import SaveReport, load, save
 from featherweight.core import ledger, progress, tracking
+from featherweight.core.agree import answer, compared
 from featherweight.core.cost import cost
 from featherweight.core.examine import examine
 from featherweight.core.forms import bake
@@ -31,14 +31,12 @@ from featherweight.core.surgery import find_layers
 from featherweight.core.task import (
     Score,
     Task,
-    as_call,
     check_needs,
     drop,
     evaluate,
     first,
     paired_drop,
     run,
-    to_device,
 )
 from featherweight.core.wiring import recalling, wire
 from featherweight.errors import BadData, BadOption, BadRecipe, CompressionError, FeatherweightError, within
@@ -576,11 +574,11 @@ class _Session:
         """Whether the file opens without the model's class, and how far what it then computes is from the model."""
         if not saved.class_free:
             return {"class_free": False, "why": saved.why_not}
-        args, kwargs = to_device(as_call(self.inputs), torch.device("cpu"))
-        with torch.no_grad():
-            ours, theirs = (tree_leaves(net(*args, **kwargs)) for net in (load(path), reloaded.cpu()))
-        gaps = [float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=False) if _comparable(a, b)]
-        return {"class_free": True, "largest_difference": max(gaps, default=0.0)}
+        try:
+            largest, wrong = compared(answer(reloaded.cpu(), self.inputs), answer(load(path), self.inputs))
+        except FeatherweightError as error:
+            wrong = str(error)
+        return {"class_free": False, "why": wrong} if wrong else {"class_free": True, "largest_difference": largest}
 
     def _model(self, state: _State, index: int | None) -> nn.Module:
         """A copy of the model after the stage at a place of the chain."""
@@ -686,10 +684,6 @@ class _Session:
             "metric_valid_of_the_module": valid,
         }
         return {"original": reference, "result": path}
-
-
-def _comparable(a: Any, b: Any) -> bool:
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point() and a.numel() > 0
 
 
 def _told(score: Score) -> dict[str, Any]:

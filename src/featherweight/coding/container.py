@@ -22,11 +22,12 @@ from featherweight.coding.records import Row
 from featherweight.coding.restoring import Slot, fill, slots
 from featherweight.coding.streams import allowed
 from featherweight.coding.unpacking import Packed, allowance, read_tensor
+from featherweight.core.agree import answer, compared
 from featherweight.core.blueprint import structure
 from featherweight.core.forms import Codes, activation_forms, bake, codes_of, form_names
 from featherweight.core.ledger import note
 from featherweight.core.progress import track
-from featherweight.core.task import as_call
+from featherweight.core.task import as_call, device_of
 from featherweight.core.wire_data import check_calls, hidden_tensors, wired_from, wiring_data
 from featherweight.core.wired import Wired
 from featherweight.core.wiring import wire
@@ -72,6 +73,8 @@ class Contents:
         return [*self.manifest["names"], *form_tensor_names(self.manifest["activations"]), *self.manifest["hidden"]]
 
 
+Entry = tuple[bytes, Row | None]  # a record and its account
+
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -116,15 +119,49 @@ def save(
         told |= named(places)
         told["tool"] = f"featherweight {version('featherweight')}"
         told["provenance"], told["example_inputs"] = provenance, _shapes(example_inputs)
-    entries = [*_tensors(places, coders, bare), *_held(told, held, coders), *_hidden(hidden, coders)]
-    manifest = pack_manifest({key: value for key, value in told.items() if value})
-    write_whole(path, assemble(manifest, [data for data, _ in entries], bare))
+    stored, forms, unseen = list(_tensors(places, coders, bare)), list(_held(told, held, coders)), []
+    if "wiring" in told:
+        unseen = list(_hidden(hidden, coders))
+        data = _bytes(told, [*stored, *forms, *unseen], bare)
+        why_not, holds = _read_back(data, plain, example_inputs)
+        if not holds:
+            note(f"the file needs the model's class to be loaded (into=): {why_not}")
+            told, unseen = {k: v for k, v in told.items() if k not in ("wiring", "hidden")}, []
+    entries = [*stored, *forms, *unseen]
+    write_whole(path, data if "wiring" in told else _bytes(told, entries, bare))
     rows = tuple(row for _, row in entries if row is not None)
     size, weights = path.stat().st_size, sum(row.bytes for row in rows)
-    return SaveReport(path, size, weights, size - weights, rows, "wiring" in told, why_not)
+    return SaveReport(path, size, weights, size - weights, rows, "wiring" in told and not why_not, why_not)
 
 
-Entry = tuple[bytes, Row | None]
+def _bytes(told: dict[str, Any], entries: list[Entry], bare: bool) -> bytes:
+    return assemble(pack_manifest({k: v for k, v in told.items() if v}), [data for data, _ in entries], bare)
+
+
+def _read_back(data: bytes, model: nn.Module, example_inputs: Any) -> tuple[str, bool]:
+    """Opens what was written as `load` will, without the class: why that gives another network, or none.
+
+    Also whether the graph is to stay in the file: it does where only the allowance of a reader is too small.
+    """
+    try:
+        with reading("the file"):
+            try:
+                contents = parse(data, allowance(len(data)))
+                why_not = ""
+            except FormatError:
+                contents = parse(data, 1 << 62)
+                why_not = "its tensors take more than a reader allows for its length: it opens with load(path, limit=)"
+            again = _without_class(contents)
+        if example_inputs is None:  # a network without a class, whose graph was read back and is the one it has
+            return why_not, True
+        wrong = compared(answer(model, example_inputs), answer(again.to(device_of(model)), example_inputs))[1]
+    except FeatherweightError as error:
+        return str(error), False
+    except Exception as error:  # an operator may raise anything
+        return f"the network that the file describes does not run: {type(error).__name__}", False
+    return (
+        (f"the network that the file describes computes something else: {wrong}", False) if wrong else (why_not, True)
+    )
 
 
 def _tensors(places: list[Slot], coders: tuple[int, ...], bare: bool) -> Iterator[Entry]:

@@ -65,7 +65,7 @@ COUNTS = "in_features out_features in1_features in2_features num_features num_em
 POSITIVE = "in_channels out_channels groups num_groups num_channels num_parameters input_size hidden_size"
 FLAGS = (
     "bias affine track_running_stats elementwise_affine batch_first bidirectional inplace return_indices ceil_mode "
-    "count_include_pad"
+    "count_include_pad scale_grad_by_freq sparse"
 )
 NUMBERS = "alpha beta k norm_type negative_slope min_val max_val threshold"
 MODES = ("nearest", "nearest-exact", "linear", "bilinear", "bicubic", "trilinear")
@@ -96,6 +96,7 @@ ARGUMENTS: dict[str, Check] = {
     "scale_factor": _or_none(_each(lambda one: _number(one) and one > 0)),
     "mode": _one_of(*MODES),
     "align_corners": _one_of(True, False, None),
+    "recompute_scale_factor": _one_of(True, False, None),
 }
 
 

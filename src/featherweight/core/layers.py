@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -15,7 +16,11 @@ from featherweight.errors import FormatError, shown
 # The layers that a file may name, with the constructor arguments that their attributes hold.
 CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias", "padding_mode")
 TRANSPOSED = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "output_padding", "groups", "bias")
-BATCH_NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats")
+BATCH_NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats", "bias")
+EMBEDDING = (
+    *("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type"),
+    *("scale_grad_by_freq", "sparse"),
+)
 RECURRENT = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
 MAX_POOL = ("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode")
 AVG_POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
@@ -30,9 +35,9 @@ LEAVES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
         ((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), BATCH_NORM),
         ((nn.LayerNorm,), ("normalized_shape", "eps", "elementwise_affine", "bias")),
         ((nn.RMSNorm,), ("normalized_shape", "eps", "elementwise_affine")),
-        ((nn.GroupNorm,), ("num_groups", "num_channels", "eps", "affine")),
+        ((nn.GroupNorm,), ("num_groups", "num_channels", "eps", "affine", "bias")),
         ((nn.LocalResponseNorm,), ("size", "alpha", "beta", "k")),
-        ((nn.Embedding,), ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type")),
+        ((nn.Embedding,), EMBEDDING),
         ((nn.LSTM,), (*RECURRENT, "proj_size")),
         ((nn.GRU,), RECURRENT),
         ((nn.RNN,), (*RECURRENT, "nonlinearity")),
@@ -51,17 +56,18 @@ LEAVES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
         ((nn.AvgPool1d,), AVG_POOL),
         ((nn.AvgPool2d, nn.AvgPool3d), (*AVG_POOL, "divisor_override")),
         ((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), ("output_size",)),
-        ((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d), ("output_size",)),
+        ((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d), ("output_size", "return_indices")),
         ((nn.PixelShuffle,), ("upscale_factor",)),
         ((nn.PixelUnshuffle,), ("downscale_factor",)),
         ((nn.ChannelShuffle,), ("groups",)),
-        ((nn.Upsample,), ("size", "scale_factor", "mode", "align_corners")),
+        ((nn.Upsample,), ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")),
         ((nn.ZeroPad1d, nn.ZeroPad2d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad2d), ("padding",)),
     )
     for t in kinds
 }
 DEEPEST = 8  # Sequentials that may stand inside one another
 MOST = 1 << 13  # layers that a file may describe, those of a layer that stands at several paths counted at each
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 TYPES: dict[type[nn.Module], str] = {t: name for name, (t, _) in LEAVES.items()}
 
 
@@ -75,11 +81,54 @@ def layer_spec(module: nn.Module) -> dict[str, Any]:
         raise FormatError(f"a {type(module).__name__} was swapped in, which a file cannot describe: {reason}")
     base = type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
     if base is nn.Sequential:
-        return {"type": "Sequential", "layers": {n: layer_spec(m) for n, m in module._modules.items() if m is not None}}
+        spec = {"type": "Sequential", "layers": {n: layer_spec(m) for n, m in module._modules.items() if m is not None}}
+        _refuse_more(module, nn.Sequential())
+        return spec
     if base not in TYPES:
         raise FormatError(f"a {base.__name__} was swapped in, which a file cannot name: use one of {', '.join(LEAVES)}")
     name = TYPES[base]
-    return {"type": name, "args": {key: _argument(module, key) for key in LEAVES[name][1]}}
+    given = {key: _argument(module, key) for key in LEAVES[name][1] if not _left_out(module, key)}
+    spec = {"type": name, "args": given}
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about settings that the layer has had all the time
+        _refuse_more(module, build_layer(spec))
+    return spec
+
+
+def _left_out(module: nn.Module, key: str) -> bool:
+    """Whether an argument goes without saying: norms have a bias wherever they have a weight, unless told otherwise."""
+    return key == "bias" and isinstance(module, NORMS) and (module.weight is None or module.bias is not None)
+
+
+def _refuse_more(module: nn.Module, again: nn.Module) -> None:
+    """Refuses a layer that has more than its constructor's arguments say: settings changed later, other tensors.
+
+    Raises:
+        FormatError: it has.
+    """
+    kind = type(module).__name__
+    plain = (bool, int, float, str, tuple, type(None))
+    for key, value in vars(again).items():
+        found = getattr(module, key, value)
+        if key[0] != "_" and key != "training" and isinstance(value, plain) and _unlike(found, value):
+            raise FormatError(f"a {kind} has {shown(found)} as {key}, which a file cannot say of such a layer")
+    if parametrize.is_parametrized(module):
+        return
+    wanted, held = ({**m._parameters, **m._buffers} for m in (again, module))
+    for key in wanted.keys() | held.keys():
+        shapes = [None if (t := tensors.get(key)) is None else tuple(t.shape) for tensors in (held, wanted)]
+        if shapes[0] != shapes[1]:
+            raise FormatError(f"a {kind} has {_told(shapes[0])} as {key}, where such a layer has {_told(shapes[1])}")
+
+
+def _unlike(found: Any, value: Any) -> bool:
+    """Whether two settings differ; a list is like a tuple, and what is neither of both is not looked at."""
+    found = tuple(found) if isinstance(found, list) else found
+    return isinstance(found, (bool, int, float, str, tuple, type(None))) and found != value
+
+
+def _told(shape: tuple[int, ...] | None) -> str:
+    return "nothing" if shape is None else f"a tensor of shape {shape}"
 
 
 def _argument(module: nn.Module, key: str) -> Any:
@@ -144,7 +193,7 @@ def count_layers(spec: Any, depth: int = 0) -> int:
     layers, args = (spec.get("layers"), spec.get("args")) if isinstance(spec, dict) else (None, None)
     several = args.get("num_layers") if isinstance(args, dict) else None
     if isinstance(several, int):  # two matrices and two biases each, and as many for the way back
-        return 4 * max(1, several)
+        return (8 if args.get("bidirectional") else 4) * max(1, several)
     if not isinstance(layers, dict) or depth > DEEPEST:
         return 1
     return 1 + sum(count_layers(inner, depth + 1) for inner in layers.values())

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from featherweight.errors import FormatError
+from featherweight.errors import BadData, FormatError
 
 # Tensor operators by their name in torch.ops.aten; every overload of them. None reads or writes anything but tensors.
 NAMES = """
@@ -54,8 +54,8 @@ NAMES = """
 """
 ATEN = frozenset(NAMES.split())
 
-# Arithmetic on sizes, which are Python numbers while a network runs.
-SIZES: dict[str, Callable[..., Any]] = {
+# Arithmetic on sizes as it stands: on numbers of any size, on arrays.
+PLAIN: dict[str, Callable[..., Any]] = {
     "size": lambda tensor, dim: tensor.size(dim),
     "item": operator.getitem,
     "add": operator.add,
@@ -82,6 +82,51 @@ SIZES: dict[str, Callable[..., Any]] = {
     "trunc": math.trunc,
     "float": float,
     "ite": lambda condition, yes, no: yes if condition else no,
+}
+UNARY = frozenset(["neg", "not", "ceil", "floor", "trunc", "float"])
+ANY = frozenset(["max", "min", "and", "or"])  # of one argument or more
+WIDEST = 1 << 63
+
+
+def arity(name: str) -> tuple[int, int]:
+    """The fewest and the most arguments that arithmetic on sizes takes."""
+    if name in ANY:
+        return 1, 8
+    count = 1 if name in UNARY else 3 if name == "ite" else 2
+    return count, count
+
+
+def _number(name: str, value: Any) -> Any:
+    """A number that sizes may be computed with; symbolic ones while a network is traced.
+
+    Raises:
+        BadData: it is none, or beyond 63 bits.
+    """
+    if isinstance(value, (int, float)):
+        if abs(value) < WIDEST or value in (math.inf, -math.inf):
+            return value
+        raise BadData(f"size.{name} of a number beyond 63 bits: the network does not hold for inputs of these sizes")
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value
+    raise BadData(f"size.{name} of a {type(value).__name__}: the network computes sizes with numbers alone")
+
+
+def _bounded(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Arithmetic that takes and gives numbers below 2**63 alone, so that a file cannot make it endless."""
+
+    def run(*values: Any) -> Any:
+        given = [_number(name, value) for value in values]
+        try:
+            return _number(name, plain(*given))
+        except ArithmeticError:
+            raise BadData(f"size.{name} of {given} has no value: use inputs of other sizes") from None
+
+    return run
+
+
+# Arithmetic on sizes, which are Python numbers while a network runs.
+SIZES: dict[str, Callable[..., Any]] = {
+    name: plain if name in ("size", "item") else _bounded(name, plain) for name, plain in PLAIN.items()
 }
 # How torch names the same functions in a traced graph.
 TRACED: dict[str, str] = {

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from featherweight.core.operators import SIZES
-from featherweight.errors import TraceError
+from featherweight.core.operators import PLAIN, SIZES
+from featherweight.errors import BadData, TraceError
 
 NAMES = {
     "Add": "add", "Mul": "mul", "Pow": "pow", "PowByNatural": "pow", "FloorDiv": "floordiv", "CleanDiv": "floordiv",
@@ -46,17 +46,26 @@ def expression(expr: Any, symbols: Mapping[Any, Any]) -> Any:
 
 
 def evaluate_size(expression: Any, sizes: Sequence[Sequence[Any]]) -> Any:
-    """The value of an expression on the sizes of inputs.
+    """The value of an expression on the sizes of inputs; False where it has none (a division by zero).
 
     >>> evaluate_size(("eq", ("mod", ("size", 0, 1), 4), 0), [(2, 12)])
     True
+    >>> evaluate_size(("eq", ("mod", 4, ("size", 0, 0)), 0), [(0, 12)])
+    False
     """
+    try:
+        return _value(expression, sizes)
+    except BadData:
+        return False
+
+
+def _value(expression: Any, sizes: Sequence[Sequence[Any]]) -> Any:
     if not isinstance(expression, tuple):
         return expression
     name, *rest = expression
     if name == "size":
         return sizes[rest[0]][rest[1]]
-    return SIZES[name](*(evaluate_size(inner, sizes) for inner in rest))
+    return SIZES[name](*(_value(inner, sizes) for inner in rest))
 
 
 SIGNS = {
@@ -85,7 +94,7 @@ def told(expression: Any) -> str:
 
 MANY = 1 << 14  # combinations of sizes that are tried
 ARRAYS: dict[str, Callable[..., Any]] = {
-    **SIZES,
+    **PLAIN,
     "and": lambda *parts: reduce(np.logical_and, parts),
     "or": lambda *parts: reduce(np.logical_or, parts),
     "not": np.logical_not,

@@ -16,8 +16,21 @@ from torch import Tensor, nn
 from featherweight.core.forms import ACTIVATIONS, own_modules
 from featherweight.core.layers import MOST as MOST_LAYERS
 from featherweight.core.layers import build_layer, count_layers, layer_spec, plain_name
-from featherweight.core.operators import SIZES, schema_types
-from featherweight.core.wired import Device, Fields, Held, Input, Outputs, Place, Ref, Step, Training, Wired, Wiring
+from featherweight.core.operators import SIZES, arity, schema_types
+from featherweight.core.wired import (
+    Device,
+    Fields,
+    Held,
+    Input,
+    Outputs,
+    Place,
+    Ref,
+    Step,
+    Training,
+    Wired,
+    Wiring,
+    refs,
+)
 from featherweight.errors import FormatError, shown
 
 MOST = 1 << 17  # modules, steps, tensors, conditions of one network
@@ -36,8 +49,12 @@ FORMATS: dict[str, torch.memory_format] = {
     for f in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 }
 FORMS = frozenset(f"fw_{at}" for at in ACTIVATIONS)  # what a form is called on its module
-MAKERS = "zeros ones full empty new_zeros new_ones new_full new_empty eye arange linspace expand repeat tile"
+MAKERS = """
+    zeros ones full empty new_zeros new_ones new_full new_empty eye arange linspace expand repeat tile empty_permuted
+    broadcast_to one_hot tril_indices triu_indices constant_pad_nd repeat_interleave pad
+"""
 FACTORIES = frozenset(MAKERS.split())
+SQUARES = frozenset(("eye", "tril_indices", "triu_indices"))  # rows by columns, each a number of its own
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -306,6 +323,10 @@ def wiring_from(data: Mapping[str, Any]) -> Wiring:
     kwargs = {_word(k): read.given(v, len(inputs)) for k, v in _part(data, "kwargs", dict).items()}
     if len(args) > len(names):
         raise FormatError("the description of the network is corrupt: it has more arguments than names for them")
+    if len(set(names)) != len(names) or not kwargs.keys().isdisjoint(names[: len(args)]):
+        raise FormatError("the description of the network is corrupt: an argument is named twice")
+    if sorted(refs((args, kwargs))) != list(range(len(inputs))):
+        raise FormatError("the description of the network is corrupt: an input is no argument, or several")
     output = read.value(data.get("output"), len(inputs) + len(steps))
     optional: Mapping[str, Any] = {"required": [], "evaluating": []} | dict(data)
     required = tuple(_word(name) for name in _part(optional, "required", list))
@@ -351,7 +372,7 @@ def _condition_from(data: Any, inputs: tuple[Input, ...], depth: int = 0) -> Any
         if not 0 <= rest[1] < len(inputs[rest[0]].shape):
             raise FormatError("the description of the network is corrupt: a condition on a size that no input has")
         return ("size", *rest)
-    if not isinstance(name, str) or name not in CONDITIONS or not rest:
+    if not isinstance(name, str) or name not in CONDITIONS or not arity(name)[0] <= len(rest) <= arity(name)[1]:
         raise FormatError(f"the description of the network is corrupt: a condition with {shown(name)}")
     return (name, *(_condition_from(inner, inputs, depth + 1) for inner in rest))
 
@@ -451,8 +472,12 @@ def _fits(target: str, args: list[Any], kwargs: Mapping[str, Any]) -> None:
     """Checks plain arguments against what the operator takes, and that plain numbers make no endless tensor."""
     types = schema_types(target)
     if types is None:
-        if kwargs or not 1 <= len(args) <= 8:
+        fewest, most = arity(target.partition(".")[2])
+        if kwargs or not fewest <= len(args) <= most:
             raise FormatError(f"{target} with {len(args)} arguments, which it does not take")
+        for value in args:
+            if not isinstance(value, (int, float, dict)):
+                raise FormatError(f"{target} of {shown(value)}, which is no number")
         return
     named = {name: kind for name, kind, _ in types}
     if len(args) > len(types) or not set(kwargs) <= set(named):
@@ -464,11 +489,28 @@ def _fits(target: str, args: list[Any], kwargs: Mapping[str, Any]) -> None:
     for name, value in given.items():
         if not _suits(value, named[name]):
             raise FormatError(f"{target} with {shown(value)} for {name}, which takes {named[name]}")
-    if target.split(".")[1] in FACTORIES:
-        sizes = [v for v in given.values() if isinstance(v, (int, list)) and not isinstance(v, bool)]
-        for size in sizes:
-            if math.prod(abs(n) for n in (size if isinstance(size, list) else [size]) if _whole(n)) > LARGEST:
+    maker = target.split(".")[1]
+    if maker in FACTORIES:
+        for size in _asked(maker, given):
+            if not size <= LARGEST:
                 raise FormatError(f"{target} of {shown(size)} elements: more than a file may ask for")
+
+
+def _asked(maker: str, given: Mapping[str, Any]) -> Iterator[float]:
+    """How many elements an operator that makes tensors is asked for, by each of its plain numbers and lists."""
+    sizes = {k: v for k, v in given.items() if k not in ("fill_value", "value") and not isinstance(v, bool)}
+    least = 1 if "pad" in maker else 0  # what is added to a dimension of its own; a size of zero leaves nothing
+    for value in sizes.values():
+        if isinstance(value, list):
+            yield math.prod(max(least, abs(n)) for n in value if _whole(n))
+        elif isinstance(value, int) or (isinstance(value, float) and maker == "arange"):
+            yield abs(value)
+    plain = [v for v in sizes.values() if isinstance(v, (int, float))]
+    if maker in SQUARES:
+        yield math.prod(abs(n) for n in plain[:2])
+    step = sizes.get("step", 1)
+    if maker == "arange" and isinstance(step, (int, float)) and step:
+        yield sum(abs(sizes[k]) for k in ("start", "end") if isinstance(sizes.get(k), (int, float))) / abs(step)
 
 
 SUITS: tuple[tuple[str, type | tuple[type, ...]], ...] = (
