@@ -192,7 +192,7 @@ def count_layers(spec: Any, depth: int = 0) -> int:
     """The number of layers that a spec describes, itself included; each of a recurrent network counts."""
     layers, args = (spec.get("layers"), spec.get("args")) if isinstance(spec, dict) else (None, None)
     several = args.get("num_layers") if isinstance(args, dict) else None
-    if isinstance(args, dict) and isinstance(several, int):  # two matrices and two biases each, and as many for the way back
+    if isinstance(args, dict) and isinstance(several, int):  # two matrices and two biases each, for each way
         return (8 if args.get("bidirectional") else 4) * max(1, several)
     if not isinstance(layers, dict) or depth > DEEPEST:
         return 1
