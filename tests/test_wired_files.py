@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from featherweight.coding import load, save
+from featherweight.coding import inspect, load, save
 from featherweight.core.agree import compared
 from featherweight.core.operators import function
 from featherweight.core.sizes import evaluate_size
+from featherweight.core.wiring import wire
 from featherweight.errors import BadData, FormatError
 from test_hostile_graph import changed, steps
 
@@ -66,6 +67,13 @@ def test_a_network_that_is_almost_empty_says_that_it_needs_a_limit(tmp_path: Pat
     with pytest.raises(FormatError):
         load(tmp_path / "a.fw")
     assert torch.equal(load(tmp_path / "a.fw", limit=1 << 30)(x), model(x))
+
+
+def test_a_network_without_a_class_keeps_its_graph_in_a_bare_file(tmp_path: Path) -> None:
+    """Found: what was not to open by itself lost the graph that `into=` needs."""
+    model = wire(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), X)
+    assert not save(model, tmp_path / "a.fw", bare=True).class_free
+    assert inspect(tmp_path / "a.fw")["manifest"]["wiring"]["steps"]
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,7 @@ def save(
     why_not = "a bare file"
     places = slots(plain)
     told, held = described(plain)
+    own = told.get("wiring", {})  # of a network that has no class: whether or not the file opens by itself
     for place, module in plain.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             note(f"{place or 'the model'} keeps extra state that is no tensor: the file does not hold it")
@@ -120,18 +121,19 @@ def save(
         told["tool"] = f"featherweight {version('featherweight')}"
         told["provenance"], told["example_inputs"] = provenance, _shapes(example_inputs)
     stored, forms, unseen = list(_tensors(places, coders, bare)), list(_held(told, held, coders)), []
-    if "wiring" in told:
+    data = b""
+    if not why_not:
         unseen = list(_hidden(hidden, coders))
         data = _bytes(told, [*stored, *forms, *unseen], bare)
         why_not, holds = _read_back(data, plain, example_inputs)
         if not holds:
             note(f"the file needs the model's class to be loaded (into=): {why_not}")
-            told, unseen = {k: v for k, v in told.items() if k not in ("wiring", "hidden")}, []
+            told, unseen, data = told | {"wiring": own, "hidden": []}, [], b""
     entries = [*stored, *forms, *unseen]
-    write_whole(path, data if "wiring" in told else _bytes(told, entries, bare))
+    write_whole(path, data or _bytes(told, entries, bare))
     rows = tuple(row for _, row in entries if row is not None)
     size, weights = path.stat().st_size, sum(row.bytes for row in rows)
-    return SaveReport(path, size, weights, size - weights, rows, "wiring" in told and not why_not, why_not)
+    return SaveReport(path, size, weights, size - weights, rows, not why_not, why_not)
 
 
 def _bytes(told: dict[str, Any], entries: list[Entry], bare: bool) -> bytes:
