@@ -31,7 +31,7 @@ from featherweight.core.forms import (
     masked_names,
 )
 from featherweight.core.trace import trace
-from featherweight.errors import BadData, BadOption
+from featherweight.errors import BadOption
 
 
 def shared(weight: torch.Tensor, k: int = 3) -> Codebook:
@@ -213,6 +213,7 @@ def test_a_form_beside_a_parametrization_of_others_is_refused(at):
         attach(layer, Mask(torch.ones_like(getattr(layer, at))), at=at)
 
 
-def test_a_model_with_a_parametrization_of_others_is_not_traced():
-    with pytest.raises(BadData, match="carries torch's own parametrization"):
-        trace(normed("weight_norm"), torch.randn(2, 6))
+def test_a_model_with_a_parametrization_of_others_is_traced_with_what_computes_the_weight():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
+    graph = trace(model, torch.randn(2, 3)).graph
+    assert any("weight_norm" in str(node.target) for node in graph.nodes)
