@@ -9,6 +9,7 @@ from typing import Any
 from featherweight.coding.manifest import unpack_manifest
 from mutated_bytes import Random, bytes_changed, deflated, extreme
 
+LARGEST = 400_000  # letters of a description that is changed by structure: a fuzzer changes what was changed before
 RAW = (  # texts that json.dumps would not write
     "NaN",
     "Infinity",
@@ -44,6 +45,8 @@ ODD: tuple[Any, ...] = (
 def tree_changed(manifest: bytes, rng: Random) -> bytes:
     """The description with some of its values, keys or subtrees replaced, removed, repeated, moved or nested."""
     data: Any = unpack_manifest(manifest)
+    if len(json.dumps(data)) > LARGEST:
+        return bytes_changed(manifest, rng)
     raw: list[str] = []
     for _ in range(int(rng.integers(1, 4))):
         places = list(_places(data))
@@ -120,7 +123,9 @@ def wiring_changed(manifest: bytes, rng: Random) -> bytes:
     """The graph with steps, modules, inputs, conditions that are others, more, or lead anywhere."""
     data: Any = unpack_manifest(manifest)
     wiring: Any = data.get("wiring")
-    if not wiring:
+    parts = ("modules", "own", "inputs", "steps", "conditions")
+    whole = isinstance(wiring, dict) and all(isinstance(wiring.get(key), (dict, list)) for key in parts)
+    if not whole or not wiring["steps"] or len(json.dumps(data)) > LARGEST:
         return tree_changed(manifest, rng)
     for _ in range(int(rng.integers(1, 4))):
         WIRING[int(rng.integers(len(WIRING)))](wiring, rng)
@@ -153,7 +158,8 @@ def _steps_moved(wiring: Any, rng: Random) -> None:
 
 
 def _steps_repeated(wiring: Any, rng: Random) -> None:
-    wiring["steps"] += wiring["steps"] * int(rng.choice([1, 3, 1000]))
+    several = int(rng.choice([1, 3, 1000]))
+    wiring["steps"] += wiring["steps"] * min(several, 1 + 30_000 // len(wiring["steps"]))
 
 
 def _shared_modules(wiring: Any, rng: Random) -> None:
