@@ -117,7 +117,8 @@ def _ends_a_norm(node: fx.Node, name: str, source: fx.Node, statistic: fx.Node, 
     squared = _base_of_square(inside) if kind == "mean" else inside
     if squared is None:
         return False
-    own = _bare(value) in (squared, *_centred(squared), *([_bare(squared.args[0])] if _is_centred(squared) else []))
+    whole = [_bare(squared.args[0])] if _is_centred(squared) else []
+    own = _bare(value) in (squared, *_centred(squared), *whole, *(c for w in whole for c in _centred(w)))
     return own and ((name == "mul" and power == -0.5) or (name == "div" and power == 0.5 and node.args[0] is value))
 
 
