@@ -97,14 +97,14 @@ def doomed(channels: Channels, fraction: float = 0.3, seed: int = 0) -> Tensor:
 
 
 def widened(one: Found) -> Found:
-    """The same in double precision."""
-    inputs = pytree.tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, one.inputs)
-    return replace(
-        one,
-        wired=copy.deepcopy(one.wired).double(),
-        inputs=inputs,
-        channels=replace(one.channels, example_inputs=inputs),
-    )
+    """The same in double precision, on the inputs with which the channels were found."""
+
+    def double(value: Any) -> Any:
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    inputs = pytree.tree_map(double, one.channels.example_inputs)
+    channels = replace(one.channels, example_inputs=inputs)
+    return replace(one, wired=copy.deepcopy(one.wired).double(), inputs=inputs, channels=channels)
 
 
 def removal_error(one: Found) -> float:
