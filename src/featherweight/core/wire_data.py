@@ -277,7 +277,9 @@ def _built(path: str, spec: Any, made: Mapping[str, nn.Module], shared: set[str]
 
 
 def _path(path: Any) -> str:
-    if not isinstance(path, str) or path.count(".") >= DEEPEST_MODULE or not all(map(plain_name, path.split("."))):
+    # "parametrizations" is a place like any other where a model's own weights were computed from several (weight norm)
+    inner = path.replace(".parametrizations.", ".").removesuffix(".parametrizations") if isinstance(path, str) else ""
+    if not isinstance(path, str) or path.count(".") >= DEEPEST_MODULE or not all(map(plain_name, inner.split("."))):
         raise FormatError(f"the file names {shown(path)}, which is no path of a module or tensor")
     return path
 
