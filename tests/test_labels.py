@@ -210,6 +210,19 @@ def test_what_is_beside_an_output_pins_nothing(end: Callable[[Tensor], Tensor]) 
     assert int((channels.outputs["0"] >= 0).sum()) == 8
 
 
+def test_outputs_that_are_mostly_zero_are_compared_by_the_others() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 64), nn.ReLU(), nn.Linear(64, 40), nn.ReLU()).eval()
+    with torch.no_grad():
+        model[2].bias -= torch.linspace(0, 0.8, 40)
+    x = torch.randn(64, 5)
+    share = (model(x) == 0).double().mean()
+    assert 0.5 < share < 1
+    channels = channel_groups(model, x)
+    remove_channels(model, range(0, 64, 3), channels=channels)
+    assert model[0].out_features == 42
+
+
 class Chosen(nn.Module):
     """A sum over channels that are zero when masked only as far as the example goes."""
 

@@ -55,6 +55,16 @@ def test_what_load_would_refuse_is_written_for_the_class(model: nn.Module, says:
     assert torch.equal(again(X), model(X))
 
 
+def test_weights_that_parametrizations_of_torch_compute_need_no_class(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 6)), nn.ReLU(), nn.Linear(6, 2)).eval()
+    save(model, tmp_path / "model.fw", example_inputs=X)
+    loaded = load(tmp_path / "model.fw")
+    assert set(loaded.state_dict()) == set(model.state_dict())
+    assert torch.equal(loaded(X), model(X))
+    loaded(X).square().sum().backward()
+    assert all(p.grad is not None for p in loaded.parameters())
+
+
 def test_a_network_that_is_almost_empty_says_that_it_needs_a_limit(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4096, 4096, bias=False), nn.ReLU())
     with torch.no_grad():
