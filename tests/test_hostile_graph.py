@@ -25,7 +25,8 @@ from opening import opened
 SECONDS = 2.0
 IDENTITY = {"type": "Identity", "args": {}}
 CONV = {"type": "Conv2d", "args": {"in_channels": 1, "out_channels": 1, "kernel_size": 1}}
-LSTM = {"type": "LSTM", "args": {"input_size": 1, "hidden_size": 1, "num_layers": 250}}
+NORM = {"type": "BatchNorm1d", "args": {"num_features": 1}}
+LSTM: dict[str, Any] = {"type": "LSTM", "args": {"input_size": 1, "hidden_size": 1, "num_layers": 250}}
 Change = Callable[[dict[str, Any]], object]
 
 
@@ -69,6 +70,14 @@ def long_chain(data: dict[str, Any]) -> None:
         data["wiring"]["modules"] |= {f"p{i}.a": {"same": f"p{i - 1}"}} if i else {}
 
 
+def nobody(data: dict[str, Any]) -> None:
+    """The constant of the code is renamed where it is stored, and used nowhere."""
+    data["hidden"][0] = "nobody"
+    del data["wiring"]["own"]["constant_0"]
+    text = json.dumps(data["wiring"]["steps"]).replace("constant_0", "blocks.0.shift")
+    data["wiring"]["steps"] = json.loads(text)
+
+
 REFUSED: dict[str, tuple[Change, str]] = {
     "a circle": (circle, r"'a\.d' into a module that already stands at several paths"),
     "a module within itself": (modules(blocks__0__x={"same": "blocks"}), "into a module that already stands"),
@@ -78,13 +87,19 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a deep path": (modules(**{"__".join("a" * depth): 0 for depth in range(1, 80)}), "no path of a module"),
     "too many layers": (modules(**{f"m{i}": IDENTITY for i in range(MOST)}), f"more than the {MOST} layers"),
     "too many recurrent layers": (modules(**{f"m{i}": LSTM for i in range(9)}), f"more than the {MOST} layers"),
-    "a recurrent layer without end": (
-        modules(m={"type": "LSTM", "args": {"input_size": 1, "hidden_size": 1, "num_layers": 300}}),
-        "300 as num_layers",
-    ),
+    "a recurrent layer without end": (modules(head=LSTM | {"args": LSTM["args"] | {"num_layers": 300}}), "300 as num"),
     "a layer that is a word": (modules(m="Linear"), "'m' as 'Linear', which is no layer"),
     "the same as a list": (modules(m={"same": ["words"]}), "a list of 1, which is none before"),
-    "a layer whose tensors are not there": (modules(m=CONV), r"tensor m\.bias, the file has none"),
+    "a layer whose tensors are not there": (modules(m=CONV), "'m', a layer with tensors, and holds none"),
+    "a norm whose tensors are not there": (modules(m=NORM), r"tensor m\.bias, the file has none"),
+    "a type that is a number": (steps(["aten.view.dtype", [{"r": 1}, 100]]), "100 for dtype, which takes ScalarType"),
+    "a type that a step made": (
+        steps(["size.add", [50, 50]], ["aten.view.dtype", [{"r": 2}, {"r": 1}]]),
+        "an object of 1 for dtype, which takes ScalarType",
+    ),
+    "a type for a tensor": (steps(["aten.relu.default", [{"dtype": "int8"}]]), "for self, which takes Tensor"),
+    "numbers without a tensor": (steps(["aten.remainder.int", [1, 0]]), "which no file may call"),
+    "writing into another result": (steps(["aten.relu.out", [{"r": 1}], {"out": {"r": 2}}]), "which no file may call"),
     "an attribute of ours": (modules(_fw_edits=0), "'_fw_edits', which is no path"),
     "parametrizations": (modules(parametrizations=0), "'parametrizations', which is no path"),
     "a step that is a number": (steps(3), "a step"),
@@ -106,14 +121,15 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a condition that is a function": (part("conditions", [["open", 1]]), "a condition with 'open'"),
     "a result that is not there": (part("output", {"r": 9999}), "'r' 9999, which is not there"),
     "no output": (lambda data: data["wiring"].pop("steps"), "steps are missing"),
-    "a hidden tensor of a layer": (
+    "a layer whose tensor is hidden": (
         lambda data: (
             data["ties"].clear(),
             data["names"].remove("words.weight"),
             data["hidden"].append("words.weight"),
         ),
-        r"tensor words\.weight, the file has none",
+        "'head', a layer with tensors, and holds none",
     ),
+    "a hidden tensor of no one": (nobody, "hides a tensor 'nobody', which its network does not have"),
     "a graph of nothing": (lambda data: data.update(wiring={"a": 1}), "are missing"),
     "a graph of text": (lambda data: data.update(wiring="x"), "wiring: it is no object"),
     "a name hidden and not": (lambda data: data["hidden"].append("words.weight"), "hidden: a name has a record"),
@@ -135,7 +151,7 @@ LARGE: dict[str, Change] = {
     "steps": steps(*[["aten.relu.default", [{"r": 1}]]] * 14_000),
     "arguments": steps(["aten.cat.default", [[{"r": 1}] * 70_000]]),
     "layers": modules(**{f"m{i}": IDENTITY for i in range(MOST - 20)}),
-    "layers with tensors": modules(**{f"m{i}": CONV for i in range(MOST - 20)}),
+    "layers with tensors": modules(**{f"m{i}": NORM for i in range(MOST // 2)}),
     "conditions": part("conditions", [["eq", ["size", 0, 0], ["size", 0, 0]]] * 24_000),
     "results": part("output", [{"r": 1}] * 80_000),
 }

@@ -165,9 +165,15 @@ def function(target: str) -> Callable[..., Any]:
         return SIZES[name]
     if kind == "aten" and packet in ATEN and overload.isidentifier():
         found = getattr(getattr(torch.ops.aten, packet, None), overload, None)
-        if isinstance(found, torch._ops.OpOverload):
+        if isinstance(found, torch._ops.OpOverload) and makes_tensors(found):
             return found
     raise FormatError(f"the network calls {target[:80]!r}, which no file may call")
+
+
+def makes_tensors(found: torch._ops.OpOverload) -> bool:
+    """Whether an overload gives back new tensors: those on plain numbers can end the process (a remainder by zero)."""
+    schema = found._schema
+    return any("Tensor" in str(a.type) for a in schema.returns) and not any(a.is_out for a in schema.arguments)
 
 
 def target_name(target: Any) -> str | None:
@@ -176,7 +182,8 @@ def target_name(target: Any) -> str | None:
         space, _, packet = target._schema.name.partition("::")
         if packet in TRACED:
             return f"size.{TRACED[packet]}"
-        return f"aten.{packet}.{target._overloadname}" if space == "aten" and packet in ATEN else None
+        known = space == "aten" and packet in ATEN and makes_tensors(target)
+        return f"aten.{packet}.{target._overloadname}" if known else None
     name = getattr(target, "__name__", "")
     name = TRACED.get(name, name)
     return f"size.{name}" if name in SIZES else None
@@ -187,4 +194,4 @@ def schema_types(target: str) -> list[tuple[str, str, bool]] | None:
     found = function(target)
     if not isinstance(found, torch._ops.OpOverload):
         return None
-    return [(a.name, str(a.type), a.has_default_value()) for a in found._schema.arguments]
+    return [(a.name, str(a.real_type), a.has_default_value()) for a in found._schema.arguments]

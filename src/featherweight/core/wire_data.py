@@ -48,6 +48,7 @@ FORMATS: dict[str, torch.memory_format] = {
     str(f).removeprefix("torch."): f
     for f in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 }
+WEIGHTED = ("Linear", "Bilinear", "Embedding", "LSTM", "GRU", "RNN", *(f"Conv{d}d" for d in (1, 2, 3)))
 FORMS = frozenset(f"fw_{at}" for at in ACTIVATIONS)  # what a form is called on its module
 MAKERS = """
     zeros ones full empty new_zeros new_ones new_full new_empty eye arange linspace expand repeat tile empty_permuted
@@ -186,6 +187,10 @@ def wired_from(data: Mapping[str, Any], shapes: Mapping[str, tuple[tuple[int, ..
     wired = Wired(wiring_from(data))
     made: dict[str, nn.Module] = {}
     shared: set[str] = set()
+    owners = {name.rpartition(".")[0] for name in shapes}
+    for path, spec in modules.items():
+        if isinstance(spec, dict) and spec.get("type") in WEIGHTED and path not in owners:
+            raise FormatError(f"the file describes {shown(path)}, a layer with tensors, and holds none of them")
     with torch.device("meta"):
         for path, spec in modules.items():
             made[path] = _built(_path(path), spec, made, shared)
@@ -525,12 +530,18 @@ SUITS: tuple[tuple[str, type | tuple[type, ...]], ...] = (
 )
 
 
+# What only an object of one key can be; as a plain number, or as a result of another step, torch may not survive it.
+OBJECTS = {"ScalarType": "dtype", "MemoryFormat": "format", "Device": "device"}
+# The keys of objects that may stand for anything else.
+VALUES = frozenset({"r", "w", "training", "float"})
+
+
 def _suits(value: Any, kind: str) -> bool:
-    """Whether a plain argument is of the kind that an operator takes; what a step made may be anything."""
+    """Whether an argument is of the kind that an operator takes; what a step made may be any tensor or number."""
     if kind.startswith("Optional["):
         return value is None or _suits(value, kind[9:-1])
     if isinstance(value, dict):
-        return True
+        return value.keys() == {OBJECTS[kind]} if kind in OBJECTS else value.keys() <= VALUES
     if kind.startswith("List["):
         return (isinstance(value, list) and all(_suits(v, kind[5:-1]) for v in value)) or _suits(value, kind[5:-1])
     return any(kind == name and isinstance(value, types) for name, types in SUITS)
