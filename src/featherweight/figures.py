@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from featherweight import export
 from featherweight.coding import SaveReport, save
 from featherweight.core.cost import Cost, cost
+from featherweight.core.measuring import Stopwatch, Timed
 from featherweight.core.progress import track
 from featherweight.core.task import Score, as_call, eval_mode, pairs
 from featherweight.errors import BadData
@@ -174,6 +176,29 @@ def latency(
                 if calls and runtime in runtimes:
                     found += compare(calls, runtime=runtime, batch=batch, threads=threads, seconds=seconds)
     return found
+
+
+@contextmanager
+def stopwatch(*, seconds: float = 1.0) -> Iterator[Stopwatch]:
+    """What methods time by (`core.measuring`): two networks in ONNX Runtime, batch 1, one thread, interleaved."""
+    with tempfile.TemporaryDirectory() as folder:
+        written: list[tuple[nn.Module, Path]] = []  # the original is the same one from candidate to candidate
+
+        def file(model: nn.Module, name: str, example_inputs: Any) -> Path:
+            path = Path(folder) / name
+            export.onnx(model, path, example_inputs=example_inputs, check=False)
+            return path
+
+        def timed(original: nn.Module, result: nn.Module, example_inputs: Any) -> Timed:
+            if not (written and written[0][0] is original):
+                written[:] = [(original, file(original, "original.onnx", example_inputs))]
+            files = {"original": written[0][1], "result": file(result, "result.onnx", example_inputs)}
+            before, after = latency(
+                original, result, example_inputs, files, batches=(1,), runtimes=("onnxruntime",), seconds=seconds
+            )
+            return Timed(before.median, after.median, after.ratio)
+
+        yield timed
 
 
 def _bind(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

@@ -22,7 +22,7 @@ from featherweight import report as pages
 from featherweight.catalogue import Entry
 from featherweight.checkpoint import Checkpoints
 from featherweight.coding import SaveReport, load, save
-from featherweight.core import ledger, progress, tracking
+from featherweight.core import ledger, measuring, progress, tracking
 from featherweight.core.agree import answer, compared
 from featherweight.core.cost import cost
 from featherweight.core.examine import examine
@@ -40,7 +40,7 @@ from featherweight.core.task import (
 )
 from featherweight.core.wiring import recalling, wire
 from featherweight.errors import BadData, BadOption, BadRecipe, CompressionError, FeatherweightError, within
-from featherweight.figures import figures_of, latency, paired_test, rows
+from featherweight.figures import figures_of, latency, paired_test, rows, stopwatch
 from featherweight.outputs import FRESH, prepare, take_over, write_json
 from featherweight.provenance import (
     digest,
@@ -57,6 +57,7 @@ from featherweight.recipe_model import check_settings
 
 Step = str | tuple[str, Mapping[str, Any]] | Callable[..., nn.Module]
 
+AIMED_AT = ("macs", "params", "latency")  # what methods with a budget of their own can reach by themselves
 ONNX_GAP = 0.02  # of the metric, by which an exported file may differ from its module
 LATENCY_SECONDS = 2.0  # for each pair that is timed; half of it for the profile of layers and for their sensitivity
 
@@ -190,7 +191,12 @@ def compress(
             student=student,
             without_class=without_class,
         )
-        with recalling(), tracking.tracking(trackers, logs, session.told()):
+        with (
+            stopwatch(seconds=LATENCY_SECONDS) as timed,
+            measuring.timing(timed),
+            recalling(),
+            tracking.tracking(trackers, logs, session.told()),
+        ):
             return session.run(None if out is None else Path(out), resume)
 
 
@@ -385,7 +391,7 @@ class _Session:
         candidate = copy.deepcopy(state.model)
         before = fingerprint(candidate)
         with ledger.recording() as remarks:
-            candidate = entry(candidate, self.task, **options)
+            candidate = entry(candidate, self.task, **{**self._budgeted(entry, options), **options})
             if not isinstance(candidate, nn.Module):
                 raise CompressionError(f"{entry.id} returned a {type(candidate).__name__}: a method returns the model")
             candidate.eval()
@@ -421,6 +427,16 @@ class _Session:
         told = ", ".join(limit.told(reached, self.base) for limit in self.limits)
         progress.say(f"    {after}" + (f"; {told}" if told else ""))
         return _State(candidate, [*state.stages, record], done)
+
+    def _budgeted(self, entry: Entry, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The budget of the whole run, for a method that can aim at one and was told nothing else to aim at."""
+        taken = {option.name for option in entry.options()}
+        aims = [limit.text for limit in self.limits if limit.quantity in AIMED_AT]
+        if "budget" not in taken or not aims or options.keys() & {"budget", "prune_ratio", "sparsity"}:
+            return {}
+        if "grain" in taken and (options.get("grain") or entry.defaults.get("grain")) != "filter":
+            return {}
+        return {"budget": ", ".join(aims)}
 
     def _broken(self, reached: Mapping[str, float], after: Score) -> str:
         """Which guard does not hold, or an empty string."""

@@ -1,128 +1,448 @@
-"""The verb `prune`: score, mask the lowest, retrain the survivors, repeat."""
+"""The verb `prune`: score, remove the lowest, retrain what is left, repeat.
+
+Two effects share the loop. Grains inside a weight are masked: zeros that stay zeros. The grain "filter" removes output
+channels and everything that goes with them, so that what is left is an ordinary, smaller network.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from featherweight.allowed import Amount, Count, Fraction, Positive, checked
+from featherweight.budget import Limit, parse
 from featherweight.catalogue import Slot, fill
+from featherweight.core import measuring
+from featherweight.core.channels import Channels, channel_groups, remove_channels
+from featherweight.core.cost import Cost, cost
 from featherweight.core.fit import Optimizers
+from featherweight.core.forms import bake, has_forms, mask_zeros, masked_names, originals
+from featherweight.core.grains import Grain, all_but, pattern_of, pooled, units
 from featherweight.core.ledger import note
+from featherweight.core.restart import Carried, reinitialise
 from featherweight.core.select import lowest
 from featherweight.core.site import PerLayer, Site, per_layer
+from featherweight.core.study import Study
 from featherweight.core.surgery import WhereWeighted
 from featherweight.core.task import Task
+from featherweight.core.trace import weight_tensors
+from featherweight.core.widths import (
+    Coupled,
+    Normalise,
+    Prices,
+    Shrinking,
+    check_some,
+    normalised,
+    removable,
+    scores_of,
+)
 from featherweight.errors import BadOption
 
 Score = Callable[[Site], Tensor]
 Schedule = Callable[[float], float]
 
 Scope = Literal["layer", "global", "std"]
+MARGIN = 0.97  # of a latency: what is timed again comes out a little different
+AT_ONCE = ("macs", "params", "latency")
+"""What a removal of channels can be asked to save."""
 
 
 def starts_below(options: Mapping[str, Any]) -> None:
     """Refuses a start above the goal, of which masks could only shrink."""
-    sparsity, start = options["sparsity"], options.get("start", 0)
-    least = min(sparsity.values(), default=1.0) if isinstance(sparsity, Mapping) else sparsity
+    goal = options["sparsity"] if options.get("grain", "weight") != "filter" else options["prune_ratio"]
+    start = options.get("start", 0)
+    least = min(goal.values(), default=1.0) if isinstance(goal, Mapping) else goal
     if start > least:
         raise BadOption(f"start={start:g} is above sparsity={least:g}: masks only grow, start below it")
 
 
 def ranks_apart(options: Mapping[str, Any]) -> None:
     """Refuses to rank layers together that have a fraction each."""
-    if isinstance(options["sparsity"], Mapping) and options["scope"] == "global":
-        raise BadOption('scope="global" ranks layers together, but sparsity names a fraction for each: leave scope out')
+    named = "sparsity" if isinstance(options["sparsity"], Mapping) else "prune_ratio"
+    if isinstance(options.get(named), Mapping) and options["scope"] == "global":
+        raise BadOption(f'scope="global" ranks layers together, but {named} names a fraction for each: leave scope out')
 
 
-@checked(starts_below, ranks_apart)
+def fits_the_grain(options: Mapping[str, Any]) -> None:
+    """Refuses what only masks, or only removed channels, can do."""
+    filters = options["grain"] == "filter"
+    if options["budget"] is not None and not filters:
+        raise BadOption(f'budget={options["budget"]!r} is met by removing channels: pass grain="filter", or sparsity')
+    if options["budget"] is not None:
+        limits = parse(options["budget"])
+        for limit in (one for one in limits if one.quantity not in AT_ONCE):
+            raise BadOption(f"budget={limit.text!r}: removing channels is asked for one of {', '.join(AT_ONCE)}")
+    if options["order"] != "all" and not filters:
+        raise BadOption(f'order={options["order"]!r} goes through channels layer by layer: pass grain="filter"')
+
+
+@checked(starts_below, ranks_apart, fits_the_grain)
 def prune(
     model: nn.Module,
     task: Task,
     *,
     score: Annotated[str, Slot("score")] | Score = "magnitude",
+    grain: Grain = "weight",
     sparsity: PerLayer[Fraction] = 0.9,
+    prune_ratio: PerLayer[Fraction] = 0.5,
+    budget: str | None = None,
     scope: Scope = "std",
+    normalise: Normalise = "none",
+    coupled: Coupled = "sum",
     schedule: Annotated[str, Slot("schedule")] | Schedule = "cubic",
     rounds: Count = 4,
     start: Fraction = 0.0,
+    order: Literal["all", "forward", "backward"] = "all",
+    permanence: Literal["hard", "soft"] = "hard",
     epochs: Amount = 8,
     finetune: Amount = 4,
+    recovery: Literal["finetune", "scratch"] = "finetune",
     lr: Positive = 1e-3,
     optimizer: Optimizers = None,
+    round_to: Count = 16,
+    calibration_batches: Count = 8,
     where: WhereWeighted = None,
 ) -> nn.Module:
-    """Masks the weights that score lowest, in rounds with retraining between them, and returns the model.
+    """Removes the weights or channels that score lowest, in rounds with retraining between them; returns the model.
 
-    In round `t` of `n` the sparsity is `start + (sparsity - start) * schedule(t / n)`. The counts are exact, ties are
-    broken by index, what is masked stays masked (also what an earlier method masked), every layer keeps a weight.
+    In round `t` of `n` the fraction removed is `start + (goal - start) * schedule(t / n)`. The counts are exact before
+    rounding, ties are broken by index, what is masked stays masked (also what an earlier method masked), every layer
+    keeps a weight and a channel.
 
     Args:
-        score: an ingredient `(site) -> tensor of the weight's shape`; the lowest go.
-        sparsity: fraction of the weights removed, of all chosen layers together; or layer patterns with a fraction
-            each, such as {"fc1": 0.92, "conv*": 0.6}.
+        score: an ingredient `(site) -> tensor` of the weight's shape, or of one entry for each output; the lowest go.
+        grain: what goes as one: "weight"; inside weights "kernel", "shape" (the same place in every filter), "N:M" (of
+            M neighbouring inputs N stay, such as "2:4"), "RxC" (blocks, such as "16x16"); or "filter" (output channels
+            with everything that reads them, physically).
+        sparsity: fraction of the weights masked, of all chosen layers together; or layer patterns with a fraction
+            each, such as {"fc1": 0.92, "conv*": 0.6}. The grain "N:M" says it itself.
+        prune_ratio: with the grain "filter": fraction of the channels removed; or layer patterns with a fraction each.
+        budget: with the grain "filter", in place of prune_ratio: the fewest channels with which it holds, such as
+            "macs<=0.5x" (or "params<=100k", or "latency<=0.5x", which is timed).
         scope: "layer" removes the same fraction of every layer, "global" ranks all scores together, "std" ranks them
             after division by the deviation of the surviving weights of their layer: one threshold of `q` deviations.
-            If `sparsity` is a mapping, every layer is ranked by itself: "std" has no say, "global" is refused.
+            If the goal is a mapping, every layer is ranked by itself: "std" has no say, "global" is refused.
+        normalise: what a layer's scores are divided by first, so that layers compare: "l2" (their norm), "mean",
+            "max", "rank" (their place in the layer) or "none".
+        coupled: how the scores of a channel that several layers share (a residual sum) become one: "sum", "mean",
+            "max".
         schedule: "constant" (all at once), "cubic", "linear" or `progress -> 0..1`.
-        rounds: how often weights are removed; 1 is one-shot.
-        start: the sparsity at which the schedule starts, no more than the least that is asked for.
+        rounds: how often something is removed; 1 is one-shot.
+        start: the fraction at which the schedule starts, no more than the least that is asked for.
+        order: with the grain "filter": "all" layers in each round; or "forward" or "backward", one group of coupled
+            layers after the other, a round each, in the order of the network.
+        permanence: "hard" (what went stays away) or "soft" (between rounds it is zero but learns on, and is chosen
+            anew; the last round is hard).
         epochs: retraining in total, the same after every round.
         finetune: further epochs after the last round, the learning rate falling to zero.
+        recovery: "finetune" goes on from the weights that are left, "scratch" draws them anew before the last training.
         lr: learning rate of the retraining.
         optimizer: "adam" (default), "adamw" or "sgd".
+        round_to: with the grain "filter": wider layers keep a multiple of this many channels, without which fewer
+            channels bring runtimes nothing; 1 removes exactly what the scores say.
+        calibration_batches: batches that scores of activations and gradients look at.
         where: which layers; all linear and convolution layers when left out.
 
     Raises:
         BadOption: an option outside its range, or a start above the goal.
         UnknownName: no such ingredient or layer.
-        MissingNeed: retraining without training data.
+        MissingNeed: retraining without training data, a score that needs what the task does not have.
+        CompressionError: no channel can be removed, or the budget is not reached.
     """
     score, schedule = fill("score", score), fill("schedule", schedule)
+    training = _Training(task, epochs, finetune, lr, optimizer, recovery)
+    if grain == "filter":
+        goal = _Goal(score, prune_ratio, budget, scope, normalise, coupled, start, round_to, calibration_batches, where)
+        ways = [schedule(turn / rounds) for turn in range(1, rounds + 1)]
+        return _prune_channels(model, training, goal, ways, order, soft=permanence == "soft")
     found, goals = per_layer(model, "sparsity", sparsity, where)
+    found = studied(model, task, found, calibration_batches)
     if isinstance(sparsity, Mapping) and scope == "std":  # the default: it cannot be told whether it was asked for
         note("every layer is ranked by itself, since sparsity names a fraction for each: scope has no say")
+    within = "layer" if isinstance(sparsity, Mapping) else scope
     for turn in range(1, rounds + 1):
-        way = schedule(turn / rounds)
+        way, last = schedule(turn / rounds), turn == rounds
         now = {path: start + (goal - start) * way for path, goal in goals.items()}
-        mask_lowest(model, found, score, now, "layer" if isinstance(sparsity, Mapping) else scope)
-        if epochs:
-            label = f"retrain {turn}/{rounds} at {_sparsity(found):.1%}"
-            decay = "constant" if turn < rounds or finetune else "cosine"
-            task.fit(model, task, epochs=epochs / rounds, lr=lr, optimizer=optimizer, decay=decay, label=label)
-    if finetune:
-        task.fit(model, task, epochs=finetune, lr=lr, optimizer=optimizer, label="fine-tune")
+        mask_lowest(
+            model, found, score, now, within, grain=grain, normalise=normalise, soft=permanence == "soft" and not last
+        )
+        training.after_round(model, turn, rounds, f"at {_sparsity(found):.1%}")
+        found = studied(model, task, found, calibration_batches)
+    training.at_last(model)
     for site in found.values():
         _note_dead_units(site)
     return model
 
 
+@dataclass(frozen=True)
+class _Training:
+    """How what is left is trained, between the rounds and at last."""
+
+    task: Task
+    epochs: float
+    finetune: float
+    lr: float
+    optimizer: Optimizers
+    recovery: str
+
+    def after_round(self, model: nn.Module, turn: int, rounds: int, told: str) -> None:
+        if self.epochs:
+            label = f"retrain {turn}/{rounds} {told}"
+            decay = "constant" if turn < rounds or self.finetune else "cosine"
+            self.task.fit(model, self.task, epochs=self.epochs / rounds, lr=self.lr, optimizer=self.optimizer,
+                          decay=decay, label=label)  # fmt: skip
+
+    def at_last(self, model: nn.Module) -> None:
+        if self.recovery == "scratch":
+            reinitialise(model)
+        if self.finetune:
+            fresh = self.recovery == "scratch" or not isinstance(self.optimizer, Carried)
+            optimizer = self.optimizer.make if fresh and isinstance(self.optimizer, Carried) else self.optimizer
+            label = "train from scratch" if self.recovery == "scratch" else "fine-tune"
+            self.task.fit(model, self.task, epochs=self.finetune, lr=self.lr, optimizer=optimizer, label=label)
+
+
+def studied(model: nn.Module, task: Task, found: Mapping[str, Site], batches: int) -> dict[str, Site]:
+    """The sites with a study of the model as it is now, for scores that need data."""
+    study = Study(model, task, list(found), batches)
+    return {path: replace(site, study=study) for path, site in found.items()}
+
+
+# --- grains inside a weight ------------------------------------------------------------------------------------------
+
+
 def mask_lowest(
-    model: nn.Module, found: Mapping[str, Site], score: Score, sparsity: Mapping[str, float], scope: str
+    model: nn.Module,
+    found: Mapping[str, Site],
+    score: Score,
+    sparsity: Mapping[str, float],
+    scope: str,
+    *,
+    grain: str = "weight",
+    normalise: Normalise = "none",
+    soft: bool = False,
 ) -> None:
-    """Masks, in place, the lowest-scoring weights of the sites up to a fraction: masked ones first, the rest ranked."""
-    scores = {path: _ranked(site, score(site), scope) for path, site in found.items()}
-    if scope == "layer":
-        marked = {path: lowest({path: values}, sparsity[path])[path] for path, values in scores.items()}
+    """Masks, in place, the lowest-scoring units of the sites up to a fraction: masked ones first, the rest ranked.
+
+    Args:
+        soft: zero them once in place of masking them, so that they learn on.
+    """
+    numbers = {path: units(tuple(site.weight.shape), grain) for path, site in found.items()}
+    pattern = pattern_of(grain)
+    scores = {path: normalised(_of_weights(site, score(site)), normalise) for path, site in found.items()}
+    if pattern is not None:
+        marked = {
+            path: all_but(torch.where(found[path].keep, values, -torch.inf), *pattern)
+            for path, values in scores.items()
+        }
     else:
-        marked = lowest(scores, next(iter(sparsity.values())))
+        ranked = {path: _ranked(found[path], values, numbers[path], scope) for path, values in scores.items()}
+        if scope == "layer":
+            low = {path: lowest({path: values}, sparsity[path])[path] for path, values in ranked.items()}
+        else:
+            low = lowest(ranked, next(iter(sparsity.values())))
+        marked = {path: low[path][numbers[path]] for path in found}
     for path, site in found.items():
-        site.set_mask(model, site.keep & ~marked[path])
+        keep = site.keep & ~marked[path]
+        if soft:
+            zero(site, keep)
+        else:
+            site.set_mask(model, keep)
 
 
-def _ranked(site: Site, values: Tensor, scope: str) -> Tensor:
-    """Scores for ranking: those of masked weights last of all, the layer's highest first, so that no layer empties."""
-    keep, values = site.keep, values.detach().double().cpu()
+def zero(site: Site, keep: Tensor) -> None:
+    """Sets the weight to zero where `keep` is False, and lets it learn on."""
+    with torch.no_grad():
+        held = (
+            originals(site.module, site.name)[0]
+            if has_forms(site.module, site.name)
+            else getattr(site.module, site.name)
+        )
+        held.mul_(keep.to(held))
+
+
+def _of_weights(site: Site, values: Tensor) -> Tensor:
+    """Scores of the weight's shape; one for each output stands for all that the output reads."""
+    shape = site.weight.shape
+    if values.shape == shape:
+        return values
+    along = 1 if isinstance(site.module, nn.ConvTranspose2d) else 0
+    if values.dim() == 1 and len(values) == shape[along]:
+        return values.view([-1 if d == along else 1 for d in range(len(shape))]).expand(shape)
+    raise BadOption(
+        f"the score of {site.path} has the shape {tuple(values.shape)}: give one of {tuple(shape)} or of its outputs"
+    )
+
+
+def _ranked(site: Site, values: Tensor, numbers: Tensor, scope: str) -> Tensor:
+    """Scores of units for ranking: masked units' last of all, the layer's highest first, so that no layer empties."""
+    keep = pooled(site.keep.double(), numbers) > 0
+    values = pooled(torch.where(site.keep, values.detach().double().cpu(), 0.0), numbers)
     if scope == "std":
-        alive = site.weight.cpu()[keep].double()
-        deviation = float(alive.std(unbiased=False)) if alive.numel() > 1 else 0.0
-        values = values / (deviation or 1.0)
+        values = values / _deviation(site)
     values = torch.where(keep, values, -torch.inf)
-    values.view(-1)[values.argmax()] = torch.inf
+    values[values.argmax()] = torch.inf
     return values
+
+
+def _deviation(site: Site) -> float:
+    """Of the surviving weights; 1 where there is none."""
+    alive = site.weight.cpu()[site.keep].double()
+    return (float(alive.std(unbiased=False)) if alive.numel() > 1 else 0.0) or 1.0
+
+
+# --- channels --------------------------------------------------------------------------------------------------------
+
+
+def _prune_channels(
+    model: nn.Module, training: _Training, goal: _Goal, ways: Sequence[float], order: str, *, soft: bool
+) -> nn.Module:
+    """The loop for channels. Masks of earlier methods are made plain; their zeros are masked again at the end."""
+    masked = masked_names(model)
+    start = _Start.of(bake(model), training.task)
+    carried = Carried(training.optimizer)
+    training = replace(training, optimizer=carried)
+    events = [(way, group) for group in start.groups(order) for way in ways]
+    gone = 0
+    for turn, (way, group) in enumerate(events, 1):
+        shrinking, doomed = _doomed(model, training.task, start, goal, way, group)
+        if soft and turn < len(events):
+            zero_channels(model, shrinking.channels, doomed)
+        else:
+            remove_channels(model, doomed, channels=shrinking.channels, optimizer=carried.held)
+            gone += len(doomed)
+        training.after_round(model, turn, len(events), f"{gone} of {start.channels.count} channels removed")
+    check_some(gone, start.channels, goal.round_to)
+    training.at_last(model)
+    mask_zeros(model, masked)
+    return model
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """How channels are ranked, and how many are to go."""
+
+    score: Score
+    prune_ratio: PerLayer[float]
+    budget: str | None
+    scope: str
+    normalise: Normalise
+    coupled: Coupled
+    start: float
+    round_to: int
+    batches: int
+    where: Any
+
+
+@dataclass(frozen=True)
+class _Start:
+    """The network before the first round: what fractions and budgets refer to."""
+
+    model: nn.Module
+    channels: Channels
+    cost: Cost
+
+    @staticmethod
+    def of(model: nn.Module, task: Task) -> _Start:
+        return _Start(copy.deepcopy(model), channel_groups(model, task.inputs()), cost(model, task.inputs()))
+
+    def groups(self, order: str) -> list[tuple[str, ...] | None]:
+        """The groups of coupled layers in the order in which they take turns; None stands for all at once."""
+        if order == "all":
+            return [None]
+        layers: list[tuple[str, ...] | None] = [group.layers for group in self.channels.groups]
+        return layers if order == "forward" else layers[::-1]
+
+    def count(self, layers: Sequence[str]) -> int:
+        """How many different channels these layers put out."""
+        return count_of(self.channels, layers)
+
+
+def count_of(channels: Channels, layers: Sequence[str]) -> int:
+    ids = torch.cat([channels.outputs[path] for path in layers])
+    return len(ids[ids >= 0].unique())
+
+
+def _doomed(
+    model: nn.Module, task: Task, start: _Start, goal: _Goal, way: float, group: tuple[str, ...] | None
+) -> tuple[Shrinking, Tensor]:
+    """What goes in one round: what is missing of the fraction, or of the budget, that it is to have reached."""
+    channels = channel_groups(model, task.inputs())
+    found, ratios = per_layer(model, "prune_ratio", goal.prune_ratio, goal.where)
+    found = {path: site for path, site in found.items() if group is None or path in group}
+    found = studied(model, task, found, goal.batches)
+    scores = {path: _of_outputs(site, goal) for path, site in found.items()}
+    shrinking = Shrinking(channels, scores_of(channels, scores, goal.coupled, goal.normalise), goal.round_to)
+    layers = [path for path in scores if removable(channels, path)]
+    if goal.budget is not None:
+        uniform = partial(_uniform, shrinking, layers) if goal.scope == "layer" else None
+        holds = _holds(model, task, start, goal.budget, way, shrinking)
+        return shrinking, shrinking.until(holds, candidates=uniform, told=goal.budget)
+
+    def missing(chosen: Sequence[str], ratio: float) -> float:
+        asked = goal.start + (ratio - goal.start) * way
+        return max(0.0, 1 - (1 - asked) * start.count(chosen) / max(1, count_of(channels, chosen)))
+
+    if goal.scope == "layer" or isinstance(goal.prune_ratio, Mapping):
+        return shrinking, shrinking.by_layer({path: missing([path], ratios[path]) for path in layers})
+    return shrinking, shrinking.doomed(missing(layers, next(iter(ratios.values()))))
+
+
+def _uniform(shrinking: Shrinking, layers: Sequence[str], ratio: float) -> Tensor:
+    return shrinking.by_layer(dict.fromkeys(layers, ratio))
+
+
+def _holds(
+    model: nn.Module, task: Task, start: _Start, budget: str, way: float, shrinking: Shrinking
+) -> Callable[[Tensor], bool]:
+    """Whether the budget, or the part of it that this round is to reach, holds without the channels."""
+    prices = Prices.of(model, shrinking.channels, cost(model, task.inputs()))
+    had = {"macs": float(start.cost.macs), "params": float(start.cost.params)}
+
+    def reached(limit: Limit, doomed: Tensor) -> bool:
+        if limit.quantity == "latency":
+            smaller = copy.deepcopy(model)
+            remove_channels(smaller, doomed, channels=shrinking.channels)
+            timed = measuring.latency(start.model, smaller, task.inputs())
+            share = limit.value if limit.relative else limit.value / timed.before
+            return timed.ratio <= 1 - (1 - MARGIN * share) * way
+        now = getattr(prices, limit.quantity)(doomed)
+        whole = had[limit.quantity]
+        return bool(now <= whole - (whole - limit.allowed(had)) * way)
+
+    return lambda doomed: all(reached(limit, doomed) for limit in parse(budget))
+
+
+def _of_outputs(site: Site, goal: _Goal) -> Tensor:
+    """One score for each output: what the score says, or the sum over all that the output reads."""
+    values = goal.score(site)
+    outputs = len(site.rows)
+    if values.shape == site.weight.shape:
+        values = (values.transpose(0, 1) if isinstance(site.module, nn.ConvTranspose2d) else values).flatten(1).sum(1)
+    if values.shape != (outputs,):
+        raise BadOption(
+            f"the score of {site.path} has the shape {tuple(values.shape)}: give one for each of {outputs} outputs"
+        )
+    return values.detach().double().cpu() / (_deviation(site) if goal.scope == "std" else 1.0)
+
+
+def zero_channels(model: nn.Module, channels: Channels, doomed: Tensor) -> None:
+    """Zeroes the weights and biases that make these channels, in place; they learn on (norms are left alone)."""
+    gone = torch.zeros(channels.count + 1, dtype=torch.bool)
+    gone[doomed] = True
+    tensors = weight_tensors(model)
+    with torch.no_grad():
+        for path, ids in channels.outputs.items():
+            for name in (f"{path}.weight", f"{path}.bias"):
+                rows = channels.axes.get((name, 0))
+                if rows is not None and name in tensors and len(rows) == len(ids):
+                    tensors[name][gone[rows]] = 0
 
 
 def _sparsity(found: Mapping[str, Site]) -> float:

@@ -14,8 +14,9 @@ from featherweight.core.fit import fit
 from featherweight.core.forms import Mask, attach, mask_of
 from featherweight.core.ledger import recording
 from featherweight.core.task import evaluate
+from featherweight.core.widths import rounded, smallest
 from featherweight.errors import BadOption, CompressionError
-from featherweight.recipes.network_slimming import channel_scores, rounded, scaled_norms, smallest
+from featherweight.recipes.network_slimming import channel_scores, scaled_norms
 
 slim = entry("network_slimming")
 X = torch.zeros(2, 1, 8, 8)

@@ -88,8 +88,8 @@ def fit(
     accelerator = Accelerator()
     step = step or _task_loss(task)
     trained = [p for p in (params if params is not None else model.parameters()) if p.requires_grad]
-    wrapped, main = accelerator.prepare(model, _optimizer(optimizer, trained, positive("lr", lr)))
-    others = [(accelerator.prepare(_optimizer(optimizer, list(ps), lr)), other) for ps, other in also]
+    wrapped, main = accelerator.prepare(model, make_optimizer(optimizer, trained, positive("lr", lr)))
+    others = [(accelerator.prepare(make_optimizer(optimizer, list(ps), lr)), other) for ps, other in also]
     factor = DECAYS.get(decay) if isinstance(decay, str) else decay
     if factor is None:
         raise unknown("decay", str(decay), DECAYS)
@@ -134,7 +134,7 @@ def _task_loss(task: Task) -> Step:
     return step
 
 
-def _optimizer(make: Optimizers, params: list[nn.Parameter], lr: float) -> Optimizer:
+def make_optimizer(make: Optimizers, params: list[nn.Parameter], lr: float) -> Optimizer:
     if callable(make):
         return make(params, lr)
     if (make or "adam") not in OPTIMIZERS:

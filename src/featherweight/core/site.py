@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar, final
 
 import torch
@@ -12,7 +12,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from featherweight.core.forms import Mask, attach, forms_of, has_forms, originals
 from featherweight.core.ledger import recording, skip
+from featherweight.core.study import Study
 from featherweight.core.surgery import WEIGHTED, Where, patterns, targets
+from featherweight.errors import MissingNeed
 
 V = TypeVar("V")
 PerLayer: TypeAlias = V | Mapping[str, V]
@@ -27,6 +29,24 @@ class Site:
     path: str
     module: nn.Module
     name: str = "weight"
+    study: Study | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def data(self) -> Study:
+        """What passes over data show of the model.
+
+        Raises:
+            MissingNeed: the site stands alone.
+        """
+        if self.study is None:
+            raise MissingNeed(f"the score of {self.path or 'a weight'} needs data: score it by prune, with a task")
+        return self.study
+
+    @property
+    def rows(self) -> Tensor:
+        """The weight as a matrix (outputs, what each reads)."""
+        weight = self.weight
+        return (weight.transpose(0, 1) if isinstance(self.module, nn.ConvTranspose2d) else weight).flatten(1)
 
     @staticmethod
     def of(weight: Tensor) -> Site:

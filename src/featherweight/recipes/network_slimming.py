@@ -13,10 +13,9 @@ from featherweight.catalogue import recipe
 from featherweight.core.channels import Channels, channel_groups, remove_channels
 from featherweight.core.fit import Optimizers
 from featherweight.core.forms import bake, mask_zeros, masked_names
-from featherweight.core.ledger import note
-from featherweight.core.select import lowest
 from featherweight.core.task import Task
-from featherweight.errors import BadOption, CompressionError
+from featherweight.core.widths import check_some, rounded, smallest
+from featherweight.errors import BadOption
 
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
@@ -77,12 +76,7 @@ def network_slimming(
     masked = masked_names(model)
     channels = channel_groups(bake(model), task.inputs())
     doomed = rounded(channels, smallest(channel_scores(channels, norms, coupled), prune_ratio), round_to)
-    if not len(doomed):
-        raise CompressionError(
-            f"none of {channels.count} channels was removed: raise prune_ratio={prune_ratio:g} or lower "
-            f"round_to={round_to}"
-        )
-    note(f"{len(doomed)} of {channels.count} channels removed")
+    check_some(len(doomed), channels, round_to)
     remove_channels(model, doomed, channels=channels)
     mask_zeros(model, masked)
     return task.fit(model, task, epochs=finetune, lr=lr, optimizer=optimizer, label="fine-tune")
@@ -113,34 +107,3 @@ def channel_scores(channels: Channels, norms: Mapping[str, BatchNorm], coupled: 
     where, values = torch.cat([ids for ids, _ in found]), torch.cat([scale for _, scale in found])
     kind = {"max": "amax", "mean": "mean", "sum": "sum"}[coupled]
     return blank.scatter_reduce(0, where, values, kind, include_self=False)
-
-
-def rounded(channels: Channels, doomed: Tensor, round_to: int) -> Tensor:
-    """What of the doomed channels, the most expendable first, goes when layers keep whole multiples.
-
-    Layers no wider than `round_to` are not rounded: they are less than one vector anyway, and only their inputs count.
-    """
-    while True:
-        doomed = channels.legal(doomed)
-        spared = [torch.empty(0, dtype=torch.long)]
-        for ids in channels.outputs.values():
-            width, going = len(ids), doomed[torch.isin(doomed, ids)]
-            multiple = round_to if width > round_to else 1
-            kept = width - int(torch.isin(ids, going).sum())
-            more = min(-(-kept // multiple) * multiple, width) - kept
-            spared.append(going[len(going) - more :])
-        stay = torch.isin(doomed, torch.cat(spared))
-        if not stay.any():
-            return doomed
-        doomed = doomed[~stay]
-
-
-def smallest(scores: Tensor, ratio: float) -> Tensor:
-    """Numbers of the lowest finite scores, exactly `floor(ratio n)` of them, the lowest first.
-
-    >>> smallest(torch.tensor([3.0, 1.0, torch.inf, 2.0, 1.0]), 0.5).tolist()
-    [1, 4]
-    """
-    scored = scores.isfinite().nonzero().flatten()
-    chosen = scored[lowest({"scale": scores[scored]}, ratio)["scale"]]
-    return chosen[scores[chosen].argsort(stable=True)]

@@ -1,0 +1,197 @@
+"""What passes over data show of a model's layers: activations, per-sample gate gradients, gradients of weights.
+
+A score of one layer asks for what it needs; one pass answers for all layers, and is made once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, TypeVar, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from featherweight.core.flow import Step, follow
+from featherweight.core.task import Batch, Task, eval_mode, run
+from featherweight.errors import BadData, CompressionError
+
+T = TypeVar("T")
+See = Callable[[Tensor], Tensor]
+"""A batch of activations (n, channels, ...) -> rows (n or 1, ...) that are kept for every batch."""
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# Operators of one tensor that count as a layer's activation: they are applied to what the layer (or its norm) puts out.
+ACTS: dict[str, Callable[..., Tensor]] = {
+    "relu": lambda x, *_: x.relu(),
+    "hardtanh": lambda x, low=-1.0, high=1.0, *_: x.clamp(low, high),
+    "leaky_relu": lambda x, slope=0.01, *_: nn.functional.leaky_relu(x, slope),
+    "gelu": lambda x, approximate="none", *_: nn.functional.gelu(x, approximate=approximate),
+    "silu": lambda x, *_: nn.functional.silu(x),
+    "sigmoid": lambda x, *_: x.sigmoid(),
+    "tanh": lambda x, *_: x.tanh(),
+    "hardswish": lambda x, *_: nn.functional.hardswish(x),
+}
+
+
+@final
+class Study:
+    """One model, its task, and the batches that are looked at; what was found is kept until the study is dropped.
+
+    Args:
+        paths: the layers that are looked at.
+        batches: how many calibration batches are gone through, at most.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, paths: Sequence[str], batches: int) -> None:
+        self.model, self.task, self.paths, self.count = model, task, tuple(paths), batches
+        self._known: dict[Any, Any] = {}
+
+    def once(self, find: Callable[[Study], T]) -> T:
+        """What `find` says of this study; asked once, whatever number of layers want to know."""
+        if find not in self._known:
+            self._known[find] = find(self)
+        return self._known[find]
+
+    def batches(self) -> list[Batch]:
+        """The batches.
+
+        Raises:
+            BadData: there are none.
+        """
+        found = list(islice(self.task.calibrating(), self.count))
+        if not found:
+            raise BadData("the calibration data are empty: at least one batch is needed")
+        return found
+
+    def labels(self) -> Tensor:
+        """The targets of all samples, in order."""
+        return torch.cat([self.task.split(batch)[2].cpu() for batch in self.batches()])
+
+    def activations(self, see: See) -> dict[str, Tensor]:
+        """What `see` keeps of every layer's activation (behind its batch norm and nonlinearity), row by row.
+
+        A layer that is called several times has the rows of every call.
+        """
+        if ("activations", see) not in self._known:
+            rows: dict[str, list[Tensor]] = {path: [] for path in self.paths}
+            ends = self.once(_ends)
+
+            def keep(path: str, value: Tensor) -> Tensor:
+                found = ends[path].activated(value)
+                last = isinstance(self.model.get_submodule(path), nn.Linear)  # whose channels come last
+                rows[path].append(see(found.movedim(-1, 1) if last else found).detach().cpu())
+                return value
+
+            with eval_mode(self.model), _hooked(self.model, ends, keep):
+                for batch in self.batches():
+                    run(self.model, self.task, batch)
+            self._known["activations", see] = {path: torch.cat(found) for path, found in rows.items() if found}
+        return self._known["activations", see]
+
+    def gates(self) -> dict[str, Tensor]:
+        """Gradient of every sample's own loss by a gate of one on each channel, (samples, channels), by layer.
+
+        It is the sum over positions of activation times gradient (Molchanov et al., CVPR 2019, sec. 3.2). The gate
+        stands behind the layer's batch norm; a nonlinearity that is 0 at 0 and linear on either side changes nothing.
+
+        Raises:
+            CompressionError: the task's loss does not depend on a layer's outputs.
+        """
+        return self.once(_gates)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Mean over the batches of the loss's gradient by every layer's weight, as the layer sees it, of its shape."""
+        return self.once(_gradients)
+
+
+@final
+class _End:
+    """Where a layer's channels are what the next layer sees: the module whose output that is, and what follows it."""
+
+    def __init__(self, path: str, act: Step | None) -> None:
+        self.path, self.act = path, act
+
+    def activated(self, value: Tensor) -> Tensor:
+        return value if self.act is None else ACTS[self.act.name](value.clone(), *self.act.constants)
+
+
+def _ends(study: Study) -> dict[str, _End]:
+    """Follows each layer to its batch norm, if it feeds nothing else, and on to its nonlinearity."""
+    modules = dict(study.model.named_modules())
+    chosen = {p: m for p, m in modules.items() if p in study.paths or isinstance(m, NORMS)}
+    flow = follow(study.model, study.task.inputs(), chosen)
+    readers: dict[int, list[Step]] = {}
+    for step in flow.steps:
+        for tensor in step.reads:
+            readers.setdefault(tensor, []).append(step)
+    ends = {path: _End(path, None) for path in study.paths}
+    for step in flow.steps:
+        if step.layer in ends:
+            following = readers.get(step.makes[0], [])
+            end = step.layer
+            if len(following) == 1 and following[0].layer and isinstance(modules[following[0].layer], NORMS):
+                end = following[0].layer
+                following = readers.get(following[0].makes[0], [])
+            act = following[0] if len(following) == 1 and following[0].name in ACTS else None
+            ends[step.layer] = _End(end, act)
+    return ends
+
+
+@contextmanager
+def _hooked(model: nn.Module, ends: Mapping[str, _End], see: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """Hands the outputs of the layers' ends to `see(path, output)`; what it returns takes their place."""
+
+    def hook(path: str) -> Callable[..., Tensor]:
+        return lambda module, args, output: see(path, output)
+
+    handles = [model.get_submodule(end.path).register_forward_hook(hook(path)) for path, end in ends.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _gates(study: Study) -> dict[str, Tensor]:
+    rows: dict[str, list[Tensor]] = {path: [] for path in study.paths}
+    ends = study.once(_ends)
+    gates: dict[str, Tensor] = {}
+
+    def gated(path: str, value: Tensor) -> Tensor:
+        channel = -1 if isinstance(study.model.get_submodule(path), nn.Linear) else 1
+        shape = [len(value)] + [1] * (value.dim() - 1)
+        shape[channel] = value.shape[channel]
+        if path not in gates:  # a layer that is called twice has one gate
+            gates[path] = torch.ones(len(value), value.shape[channel], device=value.device, requires_grad=True)
+        return value * gates[path].view(shape)
+
+    with eval_mode(study.model), _hooked(study.model, ends, gated):
+        for batch in study.batches():
+            gates.clear()
+            with torch.enable_grad():
+                output, target = run(study.model, study.task, batch)
+                loss = study.task.loss(output, target) * len(next(iter(gates.values())))  # a mean: undo its 1/B
+            found = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
+            for path, grad in zip(gates, found, strict=True):
+                if grad is None:
+                    raise CompressionError(f"the loss does not depend on {path}: leave it out by where=")
+                rows[path].append(grad.cpu())
+    return {path: torch.cat(parts) for path, parts in rows.items() if parts}
+
+
+def _gradients(study: Study) -> dict[str, Tensor]:
+    layers = {path: study.model.get_submodule(path) for path in study.paths}
+    total: dict[str, Tensor] = {}
+    batches = study.batches()
+    with eval_mode(study.model):
+        for batch in batches:
+            with torch.enable_grad(), parametrize.cached():  # a weight under forms is computed once, and shared
+                weights: list[Tensor] = [getattr(layer, "weight") for layer in layers.values()]  # noqa: B009 - typed
+                output, target = run(study.model, study.task, batch)
+                found = torch.autograd.grad(study.task.loss(output, target), weights)
+            for path, grad in zip(layers, found, strict=True):
+                total[path] = total.get(path, torch.zeros_like(grad)) + grad / len(batches)
+    return {path: grad.cpu() for path, grad in total.items()}

@@ -1,0 +1,76 @@
+"""What passes over data show: activations behind norm and nonlinearity, per-sample gates, gradients of weights."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import Batches, blobs, small_cnn, small_mlp, small_task
+from featherweight.core.forms import Mask, attach
+from featherweight.core.site import Site
+from featherweight.core.study import Study
+from featherweight.core.task import Task
+from featherweight.errors import BadData, MissingNeed
+
+
+def everything(activation):
+    return activation
+
+
+def test_activations_are_those_behind_norm_and_nonlinearity():
+    model, task = small_cnn(), small_task()
+    with torch.no_grad():
+        model(task.train.x)  # statistics
+    study = Study(model, task, ["0", "3", "8"], 3)
+    seen = study.activations(everything)
+    model.eval()
+    torch.testing.assert_close(seen["0"], model[:3](task.train.x[:96]))
+    torch.testing.assert_close(seen["3"], model[:6](task.train.x[:96]))
+    torch.testing.assert_close(seen["8"], model(task.train.x[:96]))
+    assert study.activations(everything) is seen, "one pass serves every layer"
+
+
+def test_gates_are_per_sample_sums_of_activation_times_gradient():
+    model, task = small_cnn(), small_task()
+    gates = Study(model, task, ["0", "3"], 1).gates()
+    model.eval()
+    x, y = task.train.x[:32], task.train.y[:32]
+    for n in (0, 7):
+        a = model[:2](x[n : n + 1]).detach().requires_grad_(True)
+        nn.functional.cross_entropy(model[2:](a), y[n : n + 1]).backward()
+        torch.testing.assert_close(gates["0"][n], (a * a.grad).sum((0, 2, 3)).detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_means_over_batches_also_under_masks():
+    model, task = small_mlp(), small_task()
+    attach(model[1], Mask(torch.rand(32, 64) > 0.5))
+    found = Study(model, task, ["1", "3"], 2).gradients()
+    plain = copy.deepcopy(model)
+    weight = plain[1].weight.detach()
+    twin = small_mlp()
+    twin.load_state_dict(
+        {"1.weight": weight, "1.bias": plain[1].bias, "3.weight": plain[3].weight, "3.bias": plain[3].bias}
+    )
+    for x, y in list(task.train)[:2]:
+        (nn.functional.cross_entropy(twin(x), y) / 2).backward()
+    torch.testing.assert_close(found["1"], twin[1].weight.grad)
+
+
+def test_inplace_nonlinearities_and_token_layers():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(2), nn.Linear(36, 5))
+    x, _ = blobs((1, 8, 8))
+    task = Task(
+        train=Batches(x, torch.zeros(len(x), 4).long()), valid=Batches(x, x), loss=lambda o, t: o.square().mean()
+    )
+    study = Study(net, task, ["0", "4"], 1)
+    assert (study.activations(everything)["0"] >= 0).all()
+    assert study.activations(everything)["4"].shape == (32, 5, 4)  # channels second
+    assert study.gates()["4"].shape == (32, 5)
+
+
+def test_a_site_by_itself_has_no_data_and_no_data_is_said():
+    with pytest.raises(MissingNeed, match="score it by prune"):
+        _ = Site.of(torch.ones(2, 2)).data
+    with pytest.raises(BadData, match="calibration data are empty"):
+        Study(small_mlp(), Task(valid=[], train=[], example_inputs=torch.zeros(1, 64)), ["1"], 2).batches()
