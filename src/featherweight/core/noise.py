@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from featherweight.core.fit import MakeOptimizer, Optimizers, _optimizer
+from featherweight.core.fit import MakeOptimizer, Optimizers, make_optimizer
 from featherweight.core.forms import mask_of, owners
 from featherweight.core.ledger import skip
 from featherweight.core.site import Site, sites
@@ -103,7 +103,7 @@ def apart(optimizer: Optimizers, uncertain: Iterable[nn.Parameter], lr: float) -
     separate = {id(p) for p in uncertain}
 
     def make(params: list[nn.Parameter], rest_lr: float) -> Optimizer:
-        made = _optimizer(optimizer, [p for p in params if id(p) not in separate], rest_lr)
+        made = make_optimizer(optimizer, [p for p in params if id(p) not in separate], rest_lr)
         own = [p for p in params if id(p) in separate]
         made.add_param_group({"params": own, "lr": lr, "weight_decay": 0.0})
         return made
