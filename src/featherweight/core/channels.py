@@ -667,12 +667,7 @@ def masked_outputs(model: nn.Module, channels: Channels, doomed: Tensor) -> list
     masked: dict[int, Tensor] = {}
     for name, mask, dim in _masks(channels, gone):
         base = masked.get(id(weights[name]), weights[name].detach())
-        shape = [1] * base.dim()
-        shape[dim] = base.shape[dim]
-        if mask.dim() == 2:  # (groups, inputs of a group): the rows of each group have their own columns
-            shape[0] = base.shape[0]
-        rows = mask.repeat_interleave(base.shape[0] // len(mask), 0) if mask.dim() == 2 else mask
-        masked[id(weights[name])] = base.masked_fill(rows.reshape(shape).to(base.device), 0)
+        masked[id(weights[name])] = base.masked_fill(_spread(mask, dim, base), 0)
     held = {name: masked.get(id(t), t.detach()) for name, t in weights.items()}
 
     def call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -701,6 +696,29 @@ def _masks(channels: Channels, gone: Tensor) -> Iterable[tuple[str, Tensor, int]
     for name, table in channels.blocks.items():
         if gone[table].any():
             yield name, gone[table], 1
+
+
+def _spread(mask: Tensor, dim: int, over: Tensor) -> Tensor:
+    """A mask along a dimension, or one of each group's own columns, shaped to broadcast over a tensor."""
+    shape = [1] * over.dim()
+    shape[dim] = over.shape[dim]
+    if mask.dim() == 2:  # (groups, inputs of a group): the rows of each group have their own columns
+        shape[0] = over.shape[0]
+        mask = mask.repeat_interleave(over.shape[0] // len(mask), 0)
+    return mask.reshape(shape).to(over.device)
+
+
+@torch.no_grad()
+def zero_channels(model: nn.Module, doomed: Doomed, *, channels: Channels) -> None:
+    """Zeros, in place, everything that goes with these channels: their removal later on changes no output.
+
+    Except where a norm takes its statistics over channels (`channels.norms`): there zeros still count.
+    """
+    gone = torch.zeros(channels.count + 1, dtype=torch.bool)
+    gone[channels.chosen(doomed)] = True
+    weights = weight_tensors(model)
+    for name, mask, dim in _masks(channels, gone):
+        weights[name].masked_fill_(_spread(mask, dim, weights[name]), 0)
 
 
 def _norm(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any], keep: Tensor, groups: int) -> Tensor:
