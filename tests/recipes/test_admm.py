@@ -52,7 +52,7 @@ def test_it_chooses_better_weights_than_one_shot_magnitude_on_least_squares():
 def test_without_sparsity_it_only_trains():
     model, task, dense = least_squares(0)
     model[0].weight.data.zero_()
-    admm(model, task, sparsity=0.0, rho=0.1, rounds=5, epochs=400, finetune=0, **SGD)
+    admm(model, task, sparsity=0.0, rho=1e-3, rounds=3, epochs=600, finetune=0, **SGD)
     error = [float(F.mse_loss(task.train.x @ w, task.train.y)) for w in (model[0].weight.detach().T, dense)]
     assert error[0] == pytest.approx(error[1], rel=0.01)
 
