@@ -94,7 +94,8 @@ def largest(
         gone = lowest(ranked, next(iter(sparsity.values()), 0.0))
     else:
         gone = {path: lowest({path: one}, sparsity[path])[path] for path, one in ranked.items()}
-    keep = {path: ~marked & within[path] for path, marked in gone.items()}
+    highest = {path: torch.isposinf(one) for path, one in ranked.items()}
+    keep = {path: (~marked | highest[path]) & within[path] for path, marked in gone.items()}
     for path, kept in keep.items():
         if int(kept.sum()) == 1 and kept.numel() > 1:
             note(f"{path}: one weight of {kept.numel()} kept, so that the layer is not empty")

@@ -8,28 +8,37 @@ from torch import nn
 from torch.optim import Optimizer
 
 from featherweight.core.fit import Optimizers, make_optimizer
-from featherweight.core.forms import bake, mask_zeros, masked_names
+from featherweight.core.forms import Mask, attach, bake, mask_of, masked_names, own_modules
 from featherweight.core.ledger import note
+from featherweight.errors import BadOption
+
+RESETS = ("reset_parameters", "_reset_parameters")  # torch's attention calls its own by the second name
 
 
 def reinitialise(model: nn.Module) -> nn.Module:
     """Draws every layer's weights anew, in place, as its own `reset_parameters` does; masks stay where they are.
 
-    Modules that hold parameters of their own and have no such method keep what they have, and that is noted.
+    The draws come from torch's global generator. Parameters that no module draws stay as they are, and that is noted;
+    quantized and shared weights become plain ones.
+
+    Raises:
+        BadOption: no module of the model can draw new weights.
     """
-    masked = masked_names(model)
-    kept = {(path, name): (getattr(model.get_submodule(path), name) != 0) for path, name in masked}
-    bake(model)
-    for path, module in model.named_modules():
-        reset = getattr(module, "reset_parameters", None)
-        if callable(reset):
-            reset()
-        elif any(p is not None for p in module._parameters.values()):
-            note(f"{path or 'the model'} ({type(module).__name__}) cannot draw its parameters anew: they stay")
+    kept = {(path, name): mask_of(model.get_submodule(path), name) for path, name in masked_names(model)}
+    drawn: set[int] = set()
+    for _, module in own_modules(bake(model)):
+        for name in RESETS:
+            if callable(reset := getattr(module, name, None)):
+                reset()
+                drawn |= {id(p) for p in module.parameters(recurse=name == "_reset_parameters")}
+                break
+    if not drawn:
+        raise BadOption("no module of the model has a reset_parameters(): pass a model with initial weights instead")
+    if left := [name for name, p in model.named_parameters() if id(p) not in drawn]:
+        note(f"no module draws new initial weights for {', '.join(left)}: they stay as they are")
     for (path, name), keep in kept.items():
-        tensor = getattr(model.get_submodule(path), name)
-        tensor.data.mul_(keep)
-    mask_zeros(model, masked)
+        if keep is not None:
+            attach(model.get_submodule(path), Mask(keep), at=name, root=model)
     return model
 
 

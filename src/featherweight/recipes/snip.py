@@ -10,8 +10,8 @@ from featherweight.core.curvature import mean_gradients
 from featherweight.core.fit import Optimizers
 from featherweight.core.ledger import note
 from featherweight.core.masks import largest, masks, set_masks, settle, told
+from featherweight.core.restart import reinitialise as drawn_anew
 from featherweight.core.site import Site, sites
-from featherweight.core.start import reinitialise as drawn_anew
 from featherweight.core.surgery import WhereWeighted
 from featherweight.core.task import Batch, Task
 from featherweight.errors import BadData
