@@ -57,7 +57,7 @@ def test_noise_at_the_outputs_is_that_of_random_weights(kind):
     layer, shape = copy.deepcopy(LAYERS[kind][0]), LAYERS[kind][1]
     model, x, draws = nn.Sequential(layer).train(), torch.randn(1, *shape), 3000
     attach(layer, Mask(torch.rand(layer.weight.shape) > 0.3))
-    with noisy(model, linear_sites(model), 0.0) as held, torch.no_grad():
+    with noisy(model, linear_sites(model, Task(valid=[x])), 0.0) as held, torch.no_grad():
         (log_variance,) = held.values()
         log_variance.copy_(torch.randn(log_variance.shape) - 2)
         found = model(x.expand(draws, *shape))

@@ -21,21 +21,24 @@ from featherweight.core.forms import mask_of, owners
 from featherweight.core.ledger import skip
 from featherweight.core.site import Site, sites
 from featherweight.core.surgery import WEIGHTED, Where, altered
-from featherweight.core.task import Batch, Task, length
-from featherweight.errors import BadData, BadOption
+from featherweight.core.task import Batch, Task, device_of, length, to_device
+from featherweight.errors import BadData, BadOption, MissingNeed
 
 LOG_VARIANCE = "fw_log_variance"
 
 
-def linear_sites(model: nn.Module, where: Where = None) -> dict[str, Site]:
+def linear_sites(model: nn.Module, task: Task, where: Where = None) -> dict[str, Site]:
     """The weights that `where` chooses whose layers, every one that shares them, are torch's own linear maps.
+
+    A weight that code uses without calling its layer (attention's output projection) is none of them: it is tried.
 
     Raises:
         UnknownName: a pattern matches nothing.
         BadOption: there is none.
     """
     found = sites(model, where)
-    refused = {path: reason for path, site in found.items() if (reason := _refusal(model, site))}
+    called = _called(model, task)
+    refused = {path: reason for path, site in found.items() if (reason := _refusal(model, site, called))}
     for path, reason in refused.items():
         skip(path, reason)
     if refused.keys() == found.keys():
@@ -44,12 +47,30 @@ def linear_sites(model: nn.Module, where: Where = None) -> dict[str, Site]:
     return {path: site for path, site in found.items() if path not in refused}
 
 
-def _refusal(model: nn.Module, site: Site) -> str:
+def _called(model: nn.Module, task: Task) -> set[nn.Module]:
+    """The layers that a pass through the model calls, with gradients, without which attention takes another way."""
+    seen: set[nn.Module] = set()
+    handles = [m.register_forward_hook(lambda module, *_: seen.add(module)) for m in model.modules()]
+    modes = {module: module.training for module in model.modules()}
+    args, kwargs = to_device(task.inputs(), device_of(model))
+    try:
+        model.eval()(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    return seen
+
+
+def _refusal(model: nn.Module, site: Site, called: set[nn.Module]) -> str:
     for owner, name in owners(model, site.module, site.name):
         if not isinstance(owner, WEIGHTED) or name != "weight":
             return f"it shares its weight with a layer of type {type(owner).__name__}, which is no linear map"
         if reason := altered(owner):
             return reason
+        if owner not in called:
+            return "its weight is used without a call of the layer"
     return ""
 
 
@@ -115,9 +136,11 @@ def samples(task: Task) -> int:
     """How many training samples there are, to within a batch: the first batch's size times the number of batches.
 
     Raises:
-        BadData: there are none.
+        MissingNeed: the task has no training data.
+        BadData: they are empty.
     """
-    assert task.train is not None  # whoever trains has asked for it
+    if task.train is None:
+        raise MissingNeed("fit needs training data: pass Task(train=...)")
     each = next((size for size in map(_size, _inputs(task)) if size), 0)
     count = length(task.train)
     count = sum(1 for _ in task.train) if count is None else count

@@ -76,7 +76,7 @@ def sparse_vd(
         BadOption: no layer is a linear map with weights of its own.
         CompressionError: no weight was above the threshold.
     """
-    found, count = linear_sites(model, where), samples(task)
+    found, count = linear_sites(model, task, where), samples(task)
 
     with noisy(model, found, start) as log_variances:
 
