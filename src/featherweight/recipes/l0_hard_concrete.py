@@ -19,7 +19,7 @@ from featherweight.core.norms import settle_norms
 from featherweight.core.site import PerLayer
 from featherweight.core.surgery import WhereWeighted, patterns, targets
 from featherweight.core.task import Batch, Task, run
-from featherweight.recipes.network_slimming import rounded
+from featherweight.core.widths import rounded
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 LEAST, MOST = math.log(0.01), math.log(100)
