@@ -14,7 +14,7 @@ from functools import cache, partial
 from typing import Any, TypeVar
 
 from featherweight import allowed
-from featherweight.errors import BadOption, unknown, within
+from featherweight.errors import BadOption, UnknownName, unknown, within
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -52,6 +52,7 @@ class Entry:
     coder: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     module: str = ""
+    slot: str = ""  # of a part: what it fills
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         return self.function(*args, **{**self.defaults, **options})
@@ -83,6 +84,7 @@ class Entry:
             "aliases": list(self.aliases),
             "family": self.family,
             "kind": self.kind,
+            "slot": self.slot or None,
             "paper": self.paper,
             "needs": sorted(self.needs),
             "shrinks": sorted(self.shrinks),
@@ -216,11 +218,20 @@ def verb_function(verb: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"featherweight.{verb}"), verb)
 
 
-def ingredient(slot: str, **facts: Any) -> Callable[[F], F]:
-    """Declares a pure function that fills one slot of a verb (`score`, `schedule`, `grid`, `rank`, ...)."""
+def ingredient(slot: str, *, paper: str = "", family: str = "", **facts: Any) -> Callable[[F], F]:
+    """Declares a pure function that fills one slot of a verb (`score`, `schedule`, `grid`, `rank`, ...).
+
+    Args:
+        paper: makes the function an id of the catalogue of its own, of the kind "part": what other ids take as an
+            option.
+        family: of the part, such as "prune".
+    """
 
     def declare(function: F) -> F:
         function.__ingredient__ = (slot, facts)  # type: ignore[attr-defined]
+        if paper:
+            part = Entry(function.__name__, family, paper, function, kind="part", module=function.__module__, slot=slot)
+            function.__entry__ = part  # type: ignore[attr-defined]
         return function
 
     return declare
@@ -276,7 +287,21 @@ def entry(name: str, kind: str | None = None) -> Entry:
         return known[name]
     if name in by_alias:
         return by_alias[name]
+    if (part := entries("part").get(name)) is not None:
+        takers = ", ".join(list(takers_of(part.slot))[:3])
+        raise UnknownName(f"{name} is a part, no {kind}: pass it as an option ({part.slot}={name!r}) to {takers}")
     raise unknown(kind or "method", name, [*known, *by_alias])
+
+
+def takers_of(slot: str) -> dict[str, str]:
+    """The methods with an option that takes the ingredients of a slot: id -> name of the option."""
+    found = {}
+    for name, one in entries("method").items():
+        for option in one.options():
+            marks = [mark for hint in allowed.alternatives(option.hint) for mark in getattr(hint, "__metadata__", ())]
+            if any(isinstance(mark, Slot) and mark.name == slot for mark in marks):
+                found[name] = option.name
+    return found
 
 
 def fill(slot: str, given: str | Callable[..., Any]) -> Callable[..., Any]:

@@ -109,7 +109,7 @@ def methods(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
 ) -> None:
-    """List what there is: methods, coders and executors, with what each needs and makes smaller."""
+    """List what there is: methods, their parts, coders and executors, with what each needs and makes smaller."""
     from featherweight import commands
 
     found = commands.methods(id, family)

@@ -272,6 +272,10 @@ def show_method(row: dict[str, Any]) -> None:
     console.print(
         f"needs: {', '.join(row['needs']) or 'nothing'}; makes smaller: {', '.join(row['shrinks']) or 'nothing'}"
     )
+    if row["slot"]:
+        takers = ", ".join(catalogue.takers_of(row["slot"]))
+        console.print(f"pass it as an option, {row['slot']}={row['id']}, to {takers}", highlight=False)
+        return
     if row["aliases"]:
         console.print(f"aliases: {', '.join(row['aliases'])}")
     table = Table()
