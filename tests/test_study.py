@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from conftest import Batches, blobs, small_cnn, small_mlp, small_task
+from featherweight.core.channels import channel_groups, remove_channels
 from featherweight.core.forms import Mask, attach
 from featherweight.core.site import Site
 from featherweight.core.study import Study
@@ -74,3 +75,45 @@ def test_a_site_by_itself_has_no_data_and_no_data_is_said():
         _ = Site.of(torch.ones(2, 2)).data
     with pytest.raises(BadData, match="calibration data are empty"):
         Study(small_mlp(), Task(valid=[], train=[], example_inputs=torch.zeros(1, 64)), ["1"], 2).batches()
+
+
+def test_batches_are_drawn_once_so_that_labels_and_activations_belong_together():
+    class Shuffled(Batches):
+        def __iter__(self):
+            order = torch.randperm(len(self.x))
+            return zip(self.x[order].split(self.size), self.y[order].split(self.size), strict=True)
+
+    x, y = blobs((1, 8, 8), noise=0.0)  # a label says what the image is
+    task = Task(train=Shuffled(x, y), valid=Batches(x, y))
+    study = Study(small_cnn(), task, ["0", "3"], 2)
+    labels, seen = study.labels(), study.activations(everything)["3"]
+    for label in range(4):
+        mine = seen[labels == label]
+        torch.testing.assert_close(mine, mine[:1].expand_as(mine))
+    assert study.loss() == study.loss()
+
+
+def test_a_gate_of_zero_is_the_removal_of_a_channel():
+    model, task = small_cnn(), small_task()
+    with torch.no_grad():
+        model(task.train.x)
+        model[1].bias.uniform_(-1, 1)
+    study = Study(model, task, ["0"], 3)
+    whole = study.loss()
+    gates = torch.ones(8)
+    gates[[1, 6]] = 0
+    with study.gated({"0": gates}):
+        gated = study.loss()
+    assert study.loss() == whole != gated
+    channels = channel_groups(model, task.inputs())
+    remove_channels(model, channels.chosen({"0": [1, 6]}), channels=channels)
+    assert Study(model, task, ["0"], 3).loss() == pytest.approx(gated, rel=1e-5)
+
+
+def test_what_the_batches_lack_is_said():
+    x = torch.randn(8, 64)
+    study = Study(small_mlp(), Task(valid=[x], train=[x], loss=lambda o, t: o.sum() * torch.nan), ["1"], 2)
+    with pytest.raises(MissingNeed, match="needs labels"):
+        study.labels()
+    with pytest.raises(BadData, match="loss of the calibration batches is nan"):
+        study.loss()

@@ -9,7 +9,8 @@ from conftest import small_cnn, small_task
 from coupled import COUPLED
 from featherweight.core.channels import channel_groups, remove_channels
 from featherweight.core.cost import cost
-from featherweight.core.widths import Prices, Shrinking, normalised, scores_of
+from featherweight.core.site import sites
+from featherweight.core.widths import Prices, Shrinking, map_flops, normalised, scores_of
 from featherweight.errors import BadData, BadOption, CompressionError
 from featherweight.zoo.networks import build
 
@@ -102,3 +103,15 @@ def test_layers_that_lose_a_fraction_each():
     doomed = Shrinking(channels, torch.rand(channels.count), 1).by_layer({"0": 0.25, "3": 0.5})
     remove_channels(model, doomed, channels=channels)
     assert (model[0].out_channels, model[3].out_channels) == (6, 8)
+
+
+def test_a_dear_feature_map_scores_less_after_the_normalisation():
+    model = small_cnn()
+    channels, found = channel_groups(model, X), sites(model)
+    dear = map_flops(cost(model, X), found, 0.5)
+    assert dear["0"] == pytest.approx(0.5 * 2 * 64 * (1 * 9 + 1) / 1e6)  # 2 HW (C k^2 + 1) per map, by hand
+    assert dear["3"] == pytest.approx(0.5 * 2 * 16 * (8 * 9 + 1) / 1e6)
+    ones = {path: torch.ones(len(channels.outputs[path])) for path in ("0", "3")}
+    scored = scores_of(channels, ones, "sum", "l2", dear)
+    torch.testing.assert_close(scored[channels.outputs["0"]], torch.full((8,), 8**-0.5 - dear["0"]).double())
+    torch.testing.assert_close(scored[channels.outputs["3"]], torch.full((16,), 16**-0.5 - dear["3"]).double())

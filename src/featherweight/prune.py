@@ -38,6 +38,7 @@ from featherweight.core.widths import (
     Prices,
     Shrinking,
     check_some,
+    map_flops,
     normalised,
     removable,
     scores_of,
@@ -78,6 +79,8 @@ def fits_the_grain(options: Mapping[str, Any]) -> None:
         limits = parse(options["budget"])
         for limit in (one for one in limits if one.quantity not in AT_ONCE):
             raise BadOption(f"budget={limit.text!r}: removing channels is asked for one of {', '.join(AT_ONCE)}")
+    if options["flops"] and not filters:
+        raise BadOption(f'flops={options["flops"]:g} is the price of a channel: pass grain="filter"')
     if options["order"] != "all" and not filters:
         raise BadOption(f'order={options["order"]!r} goes through channels layer by layer: pass grain="filter"')
 
@@ -95,6 +98,7 @@ def prune(
     scope: Scope = "std",
     normalise: Normalise = "none",
     coupled: Coupled = "sum",
+    flops: Amount = 0.0,
     schedule: Annotated[str, Slot("schedule")] | Schedule = "cubic",
     rounds: Count = 4,
     start: Fraction = 0.0,
@@ -132,6 +136,8 @@ def prune(
             "max", "rank" (their place in the layer) or "none".
         coupled: how the scores of a channel that several layers share (a residual sum) become one: "sum", "mean",
             "max".
+        flops: with the grain "filter": what a channel's score loses, after it was normalised, for every million
+            operations that computing its map takes; so that of equals the dearer goes.
         schedule: "constant" (all at once), "cubic", "linear" or `progress -> 0..1`.
         rounds: how often something is removed; 1 is one-shot.
         start: the fraction at which the schedule starts, no more than the least that is asked for.
@@ -158,11 +164,12 @@ def prune(
     score, schedule = fill("score", score), fill("schedule", schedule)
     training = _Training(task, epochs, finetune, lr, optimizer, recovery)
     if grain == "filter":
-        goal = _Goal(score, prune_ratio, budget, scope, normalise, coupled, start, round_to, calibration_batches, where)
+        goal = _Goal(score, prune_ratio, budget, scope, normalise, coupled, flops, start, round_to, calibration_batches,
+                     where)  # fmt: skip
         ways = [schedule(turn / rounds) for turn in range(1, rounds + 1)]
         return _prune_channels(model, training, goal, ways, order, soft=permanence == "soft")
     found, goals = per_layer(model, "sparsity", sparsity, where)
-    found = studied(model, task, found, calibration_batches)
+    found = studied(model, task, found, calibration_batches, grain=grain)
     if isinstance(sparsity, Mapping) and scope == "std":  # the default: it cannot be told whether it was asked for
         note("every layer is ranked by itself, since sparsity names a fraction for each: scope has no say")
     within = "layer" if isinstance(sparsity, Mapping) else scope
@@ -173,7 +180,7 @@ def prune(
             model, found, score, now, within, grain=grain, normalise=normalise, soft=permanence == "soft" and not last
         )
         training.after_round(model, turn, rounds, f"at {_sparsity(found):.1%}")
-        found = studied(model, task, found, calibration_batches)
+        found = studied(model, task, found, calibration_batches, grain=grain)
     training.at_last(model)
     for site in found.values():
         _note_dead_units(site)
@@ -208,10 +215,18 @@ class _Training:
             self.task.fit(model, self.task, epochs=self.finetune, lr=self.lr, optimizer=optimizer, label=label)
 
 
-def studied(model: nn.Module, task: Task, found: Mapping[str, Site], batches: int) -> dict[str, Site]:
-    """The sites with a study of the model as it is now, for scores that need data."""
-    study = Study(model, task, list(found), batches)
-    return {path: replace(site, study=study) for path, site in found.items()}
+def studied(
+    model: nn.Module,
+    task: Task,
+    found: Mapping[str, Site],
+    batches: int,
+    *,
+    grain: str = "weight",
+    channels: Channels | None = None,
+) -> dict[str, Site]:
+    """The sites with a study of the model as it is now, for scores that need data, and what goes as one in them."""
+    study = Study(model, task, list(found), batches, channels)
+    return {path: replace(site, study=study, grain=grain) for path, site in found.items()}
 
 
 # --- grains inside a weight ------------------------------------------------------------------------------------------
@@ -334,6 +349,7 @@ class _Goal:
     scope: str
     normalise: Normalise
     coupled: Coupled
+    flops: float
     start: float
     round_to: int
     batches: int
@@ -376,9 +392,11 @@ def _doomed(
     channels = channel_groups(model, task.inputs())
     found, ratios = per_layer(model, "prune_ratio", goal.prune_ratio, goal.where)
     found = {path: site for path, site in found.items() if group is None or path in group}
-    found = studied(model, task, found, goal.batches)
+    found = studied(model, task, found, goal.batches, grain="filter", channels=channels)
     scores = {path: _of_outputs(site, goal) for path, site in found.items()}
-    shrinking = Shrinking(channels, scores_of(channels, scores, goal.coupled, goal.normalise), goal.round_to)
+    less = map_flops(cost(model, task.inputs()), found, goal.flops) if goal.flops else {}
+    pooled_scores = scores_of(channels, scores, goal.coupled, goal.normalise, less)
+    shrinking = Shrinking(channels, pooled_scores, goal.round_to)
     layers = [path for path in scores if removable(channels, path)]
     if goal.budget is not None:
         uniform = partial(_uniform, shrinking, layers) if goal.scope == "layer" else None

@@ -24,12 +24,13 @@ PerLayer: TypeAlias = V | Mapping[str, V]
 @final
 @dataclass(frozen=True)
 class Site:
-    """One weight tensor of a model: the layer at `path` and the parameter's `name`."""
+    """One weight tensor of a model: the layer at `path` and the parameter's `name`; `grain` is what goes as one."""
 
     path: str
     module: nn.Module
     name: str = "weight"
     study: Study | None = field(default=None, repr=False, compare=False)
+    grain: str = "weight"
 
     @property
     def data(self) -> Study:
@@ -49,11 +50,11 @@ class Site:
         return (weight.transpose(0, 1) if isinstance(self.module, nn.ConvTranspose2d) else weight).flatten(1)
 
     @staticmethod
-    def of(weight: Tensor) -> Site:
+    def of(weight: Tensor, grain: str = "weight") -> Site:
         """A site of its own around a weight of any shape, for examples and tests."""
         module = nn.Module()
         module.register_parameter("weight", nn.Parameter(weight))
-        return Site("", module)
+        return Site("", module, grain=grain)
 
     @property
     def weight(self) -> Tensor:

@@ -5,8 +5,9 @@ A score of one layer asks for what it needs; one pass answers for all layers, an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any, TypeVar, final
 
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from featherweight.core.channels import Channels, channel_groups
 from featherweight.core.flow import Step, follow
+from featherweight.core.surgery import WEIGHTED
 from featherweight.core.task import Batch, Task, eval_mode, run
-from featherweight.errors import BadData, CompressionError
+from featherweight.errors import BadData, CompressionError, MissingNeed
 
 T = TypeVar("T")
 See = Callable[[Tensor], Tensor]
@@ -42,12 +45,15 @@ class Study:
 
     Args:
         paths: the layers that are looked at.
-        batches: how many calibration batches are gone through, at most.
+        batches: how many calibration batches are gone through, at most; they are drawn once, and kept.
+        channels: the model's channels, where they are known.
     """
 
-    def __init__(self, model: nn.Module, task: Task, paths: Sequence[str], batches: int) -> None:
+    def __init__(
+        self, model: nn.Module, task: Task, paths: Sequence[str], batches: int, channels: Channels | None = None
+    ) -> None:
         self.model, self.task, self.paths, self.count = model, task, tuple(paths), batches
-        self._known: dict[Any, Any] = {}
+        self._known: dict[Any, Any] = {} if channels is None else {_channels: channels}
 
     def once(self, find: Callable[[Study], T]) -> T:
         """What `find` says of this study; asked once, whatever number of layers want to know."""
@@ -56,19 +62,65 @@ class Study:
         return self._known[find]
 
     def batches(self) -> list[Batch]:
-        """The batches.
+        """The batches, the same and in the same order at every call, also where the data are shuffled.
 
         Raises:
             BadData: there are none.
         """
-        found = list(islice(self.task.calibrating(), self.count))
-        if not found:
-            raise BadData("the calibration data are empty: at least one batch is needed")
-        return found
+        return self.once(_batches)
 
     def labels(self) -> Tensor:
-        """The targets of all samples, in order."""
-        return torch.cat([self.task.split(batch)[2].cpu() for batch in self.batches()])
+        """The targets of all samples, in order.
+
+        Raises:
+            MissingNeed: the batches have none.
+        """
+        found = [self.task.split(batch)[2] for batch in self.batches()]
+        if not all(isinstance(target, Tensor) for target in found):
+            raise MissingNeed("this score needs labels, which the batches do not have: yield (inputs, labels)")
+        return torch.cat([target.cpu() for target in found])
+
+    def channels(self) -> Channels:
+        """Which channels live and die together."""
+        return self.once(_channels)
+
+    def loss(self) -> float:
+        """Mean of the task's loss over the batches, in evaluation mode.
+
+        Raises:
+            BadData: it is not finite.
+        """
+        with eval_mode(self.model):
+            losses = [float(self.task.loss(*run(self.model, self.task, batch))) for batch in self.batches()]
+        mean = sum(losses) / len(losses)
+        if not math.isfinite(mean):
+            raise BadData(f"the loss of the calibration batches is {mean}: check the data and the weights")
+        return mean
+
+    @contextmanager
+    def seen(self, see: Callable[[str, Tensor], Tensor], paths: Sequence[str] | None = None) -> Iterator[None]:
+        """A block in which the outputs of layers, behind their batch norms, are what `see(path, output)` makes of them.
+
+        Args:
+            paths: whichever weighted layers; those of the study when left out.
+        """
+        ends = self.once(_ends)
+        with _hooked(self.model, {path: ends[path] for path in paths or self.paths}, see):
+            yield
+
+    @contextmanager
+    def gated(self, gates: Mapping[str, Tensor]) -> Iterator[None]:
+        """A block in which outputs of layers, behind their batch norms, are multiplied by (channels,): 0 removes one.
+
+        Where the nonlinearity that follows is 0 at 0, that is what a removal of the channel brings.
+        """
+
+        def gate(path: str, value: Tensor) -> Tensor:
+            channel = value.dim() - 1 if isinstance(self.model.get_submodule(path), nn.Linear) else 1
+            return value * gates[path].to(value).view([-1 if d == channel else 1 for d in range(value.dim())])
+
+        with self.seen(gate, list(gates)) if gates else nullcontext():
+            yield
 
     def activations(self, see: See) -> dict[str, Tensor]:
         """What `see` keeps of every layer's activation (behind its batch norm and nonlinearity), row by row.
@@ -85,7 +137,7 @@ class Study:
                 rows[path].append(see(found.movedim(-1, 1) if last else found).detach().cpu())
                 return value
 
-            with eval_mode(self.model), _hooked(self.model, ends, keep):
+            with eval_mode(self.model), self.seen(keep):
                 for batch in self.batches():
                     run(self.model, self.task, batch)
             self._known["activations", see] = {path: torch.cat(found) for path, found in rows.items() if found}
@@ -118,18 +170,30 @@ class _End:
         return value if self.act is None else ACTS[self.act.name](value.clone(), *self.act.constants)
 
 
+def _batches(study: Study) -> list[Batch]:
+    found = list(islice(study.task.calibrating(), study.count))
+    if not found:
+        raise BadData("the calibration data are empty: at least one batch is needed")
+    return found
+
+
+def _channels(study: Study) -> Channels:
+    return channel_groups(study.model, study.task.inputs())
+
+
 def _ends(study: Study) -> dict[str, _End]:
     """Follows each layer to its batch norm, if it feeds nothing else, and on to its nonlinearity."""
     modules = dict(study.model.named_modules())
-    chosen = {p: m for p, m in modules.items() if p in study.paths or isinstance(m, NORMS)}
+    layers = {p for p, m in modules.items() if p in study.paths or isinstance(m, WEIGHTED)}
+    chosen = {p: m for p, m in modules.items() if p in layers or isinstance(m, NORMS)}
     flow = follow(study.model, study.task.inputs(), chosen)
     readers: dict[int, list[Step]] = {}
     for step in flow.steps:
         for tensor in step.reads:
             readers.setdefault(tensor, []).append(step)
-    ends = {path: _End(path, None) for path in study.paths}
+    ends = {path: _End(path, None) for path in layers}
     for step in flow.steps:
-        if step.layer in ends:
+        if step.layer is not None and step.layer in ends:
             following = readers.get(step.makes[0], [])
             end = step.layer
             if len(following) == 1 and following[0].layer and isinstance(modules[following[0].layer], NORMS):
@@ -157,7 +221,6 @@ def _hooked(model: nn.Module, ends: Mapping[str, _End], see: Callable[[str, Tens
 
 def _gates(study: Study) -> dict[str, Tensor]:
     rows: dict[str, list[Tensor]] = {path: [] for path in study.paths}
-    ends = study.once(_ends)
     gates: dict[str, Tensor] = {}
 
     def gated(path: str, value: Tensor) -> Tensor:
@@ -168,7 +231,7 @@ def _gates(study: Study) -> dict[str, Tensor]:
             gates[path] = torch.ones(len(value), value.shape[channel], device=value.device, requires_grad=True)
         return value * gates[path].view(shape)
 
-    with eval_mode(study.model), _hooked(study.model, ends, gated):
+    with eval_mode(study.model), study.seen(gated):
         for batch in study.batches():
             gates.clear()
             with torch.enable_grad():

@@ -14,6 +14,7 @@ from featherweight.core.channels import Channels
 from featherweight.core.cost import Cost
 from featherweight.core.ledger import note, skip
 from featherweight.core.select import lowest
+from featherweight.core.site import Site
 from featherweight.errors import BadData, BadOption, CompressionError
 
 Coupled = Literal["sum", "mean", "max"]
@@ -178,8 +179,30 @@ def removable(channels: Channels, path: str) -> bool:
     return path in channels.outputs and bool((channels.outputs[path] >= 0).any())
 
 
-def scores_of(channels: Channels, scores: Mapping[str, Tensor], coupled: Coupled, normalise: Normalise) -> Tensor:
+def map_flops(cost: Cost, found: Mapping[str, Site], weight: float) -> dict[str, float]:
+    """`weight` times the millions of operations of one feature map of every layer, `2 HW (C k^2 + 1) / 1e6`.
+
+    Source: Molchanov et al., ICLR 2017, appendix A.1.
+    """
+    told = {}
+    for path, site in found.items():
+        outputs, reads = site.rows.shape
+        positions = cost.layers[path].macs / max(1, outputs * reads) if path in cost.layers else 0.0
+        told[path] = weight * 2 * positions * (reads + 1) / 1e6
+    return told
+
+
+def scores_of(
+    channels: Channels,
+    scores: Mapping[str, Tensor],
+    coupled: Coupled,
+    normalise: Normalise,
+    less: Mapping[str, float] | None = None,
+) -> Tensor:
     """One score per channel (count,) from scores of layer outputs; infinite where no layer has one, so that it stays.
+
+    Args:
+        less: layer -> what is taken from its scores after they were normalised.
 
     Raises:
         BadData: a score is NaN.
@@ -187,7 +210,12 @@ def scores_of(channels: Channels, scores: Mapping[str, Tensor], coupled: Coupled
     for path, values in scores.items():
         if torch.isnan(values).any():
             raise BadData(f"the scores of {path} hold NaN: check its weights and the loss of the batches behind them")
-    chosen = {path: normalised(values, normalise) for path, values in scores.items() if removable(channels, path)}
+    less = less or {}
+    chosen = {
+        path: normalised(values, normalise) - less.get(path, 0.0)
+        for path, values in scores.items()
+        if removable(channels, path)
+    }
     for path in scores.keys() - chosen.keys():
         skip(path, channels.pinned.get(path, "its outputs cannot be removed"))
     if not chosen:
