@@ -8,7 +8,6 @@ to its back, and what is lost is summed over all layers that read the group.
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -24,8 +23,7 @@ from featherweight.core.labels import components
 from featherweight.core.ledger import note, skip
 from featherweight.core.reconstruct import Moments, augmented, layer_rows, put, refusal, solved
 from featherweight.core.task import Batch, Task, device_of, eval_mode, to_device
-from featherweight.core.widths import rounded
-from featherweight.errors import CompressionError
+from featherweight.core.widths import check_some, rounded
 
 Refit = Literal["none", "scalar", "full"]
 
@@ -109,16 +107,12 @@ def _columns(model: nn.Module, path: str, ids: Tensor) -> Tensor:
 def _refused(model: nn.Module, channels: Channels, order: list[str]) -> dict[int, str]:
     """The channels that stay, and why."""
     refused: dict[int, str] = {}
-    modules, calls = dict(model.named_modules()), Counter(order)
-    owners = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    modules = dict(model.named_modules())
     read = torch.zeros(channels.count + 1, dtype=torch.bool)
     for path, ids in channels.inputs.items():
         if _passes(channels, path):
             continue
-        layer = modules.get(path)
-        why = refusal(layer) if layer is not None else "a second weight of its layer"
-        if not why and (calls[path] != 1 or owners[id(layer.weight)] != 1):  # type: ignore[union-attr]
-            why = f"called {calls[path]} times, or its weight is shared"
+        why = unfit(model, path, order) if path in modules else "a second weight of its layer"
         read[ids] = True
         if why:
             refused |= dict.fromkeys(ids[ids >= 0].tolist(), f"its channels are read by {path}, {why}")
@@ -126,6 +120,17 @@ def _refused(model: nn.Module, channels: Channels, order: list[str]) -> dict[int
         refused |= dict.fromkeys(ids[ids >= 0].tolist(), "a norm takes its statistics over its channels")
     unread = (~read[:-1]).nonzero().flatten().tolist()
     return dict.fromkeys(unread, "no linear layer or convolution reads its channels") | refused
+
+
+def unfit(model: nn.Module, path: str, order: list[str]) -> str:
+    """Why a layer cannot be repaired by itself, given the layers that a forward pass calls; empty if it can."""
+    layer = model.get_submodule(path)
+    if why := refusal(layer):
+        return why
+    if order.count(path) != 1:
+        return f"a layer that is called {order.count(path)} times, not once"
+    holders = [m for m in model.modules() if m._parameters.get("weight") is layer.weight]
+    return "a layer that shares its weight with another" if len(holders) > 1 else ""
 
 
 @final
@@ -229,11 +234,7 @@ def prune_layerwise(
             task.fit(model, task, epochs=epochs, lr=lr, optimizer=optimizer, after_step=hold, label=stage.name)
             hold()
             original = copy.deepcopy(model)
-    if not len(gone):
-        raise CompressionError(
-            f"none of {channels.count} channels was removed: raise prune_ratio={prune_ratio:g} or lower "
-            f"round_to={round_to}"
-        )
+    check_some(len(gone), channels, round_to)
     remove_channels(model, gone, channels=channels)
     mask_zeros(model, masked)
     return task.fit(model, task, epochs=finetune, lr=lr, optimizer=optimizer, label="fine-tune")
