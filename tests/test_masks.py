@@ -47,6 +47,14 @@ def test_a_layer_that_would_be_emptied_is_noted_and_nan_is_refused():
         largest({"a": torch.tensor([torch.nan, 1.0])}, {"a": 0.5}, within={"a": torch.ones(2).bool()})
 
 
+def test_a_mask_does_not_change_the_tensor_that_it_was_made_of():
+    found, everything = sites(small_mlp()), torch.ones(4, 32, dtype=torch.bool)
+    model = torch.nn.Module()
+    for keep in (everything, torch.zeros(4, 32, dtype=torch.bool)):
+        found["3"].set_mask(model, keep)
+    assert bool(everything.all())
+
+
 def test_weights_learn_behind_a_mask_until_masks_are_settled():
     model, task = small_mlp(), small_task()
     found = sites(model)

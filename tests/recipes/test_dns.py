@@ -124,7 +124,7 @@ def test_a_threshold_above_all_weights_leaves_the_largest_and_says_so():
     with recording() as ledger:
         dns(model, small_task(), c={"3": 100.0}, epochs=0, finetune=0)
     assert mask_of(model[3]).view(-1).nonzero().tolist() == [[largest]]
-    assert any(text.startswith("3: no weight is above the threshold") for text in ledger.notes)
+    assert any(text.startswith("3: no weight is large enough to stay") for text in ledger.notes)
 
 
 def test_bad_options():

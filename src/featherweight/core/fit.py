@@ -24,13 +24,14 @@ Step = Callable[[nn.Module, Batch, float], dict[str, Tensor]]
 
 MakeOptimizer = Callable[[list[nn.Parameter], float], Optimizer]
 
-Optimizers = Literal["adam", "adamw", "sgd"] | MakeOptimizer | None
+Optimizers = Literal["adam", "adamw", "sgd", "momentum"] | MakeOptimizer | None
 """A name of `OPTIMIZERS`, `(parameters, learning rate) -> Optimizer`, or Adam when left out."""
 
 OPTIMIZERS: dict[str, MakeOptimizer] = {
     "adam": lambda params, lr: Adam(params, lr=lr),
     "adamw": lambda params, lr: AdamW(params, lr=lr, weight_decay=0.05),
     "sgd": lambda params, lr: SGD(params, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4),
+    "momentum": lambda params, lr: SGD(params, lr=lr, momentum=0.9, nesterov=True),  # few weights bear no decay
 }
 DECAYS: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
@@ -63,8 +64,8 @@ def fit(
     Args:
         epochs: passes over the training data; a fraction trains on that part of a pass.
         lr: the learning rate at the start.
-        optimizer: "adam" (default), "adamw", "sgd" (Nesterov momentum 0.9, weight decay 5e-4), or
-            `(params, lr) -> Optimizer`.
+        optimizer: "adam" (default), "adamw", "sgd" (Nesterov momentum 0.9, weight decay 5e-4),
+            "momentum" (the same without decay), or `(params, lr) -> Optimizer`.
         decay: "cosine", "constant", "linear" or `progress -> factor` of the learning rate.
         step: the loss as named terms; `task.loss` when left out.
         also: further (parameters, step) pairs that are updated after every step, such as discriminators.

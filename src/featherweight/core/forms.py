@@ -207,7 +207,7 @@ class Mask(Form):
     def __init__(self, keep: Tensor, grad: Literal["kept", "dense"] = "kept") -> None:
         super().__init__()
         self.grad = grad
-        self.register_buffer("keep", keep.bool())
+        self.register_buffer("keep", keep.detach().bool().clone())  # its own: masks change in place
 
     def unsound(self) -> str:
         whole = self.grad in ("kept", "dense") and self._buffers.keys() == {"keep"} and self.keep.dtype == torch.bool

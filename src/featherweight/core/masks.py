@@ -6,6 +6,7 @@ masks are plain and what they hide is zero: `settle`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -108,6 +109,21 @@ def _ranked(path: str, values: Tensor, within: Tensor) -> Tensor:
     ranked = torch.where(within, values.detach().double().cpu(), -torch.inf)
     ranked.view(-1)[ranked.argmax()] = torch.inf
     return ranked
+
+
+def occupied(path: str, keep: Tensor, size: Tensor, within: Tensor) -> Tensor:
+    """The mask, or one with the entry of the largest size alone if it would empty the layer; that is noted."""
+    if keep.any() or not within.any():
+        return keep
+    note(f"{path}: no weight is large enough to stay, the largest of {keep.numel()} is kept")
+    return (
+        torch.zeros_like(keep).view(-1).scatter(0, torch.where(within, size, -torch.inf).argmax(), True).view_as(keep)
+    )
+
+
+def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """The Euclidean distance of two sets of tensors, each set taken as one vector."""
+    return math.sqrt(sum(float((one - b[path]).double().square().sum()) for path, one in a.items()))
 
 
 def sparsity_of(found: Mapping[str, Site]) -> float:

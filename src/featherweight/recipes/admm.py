@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import sqrt
 
 from torch import Tensor, nn
 
@@ -11,7 +10,7 @@ from featherweight.allowed import Amount, Count, Fraction, Positive
 from featherweight.catalogue import recipe
 from featherweight.core.fit import Optimizers
 from featherweight.core.ledger import note
-from featherweight.core.masks import largest, masks, set_masks, settle, told
+from featherweight.core.masks import distance, largest, masks, set_masks, settle, told
 from featherweight.core.pulled import pulled
 from featherweight.core.site import PerLayer, per_layer
 from featherweight.core.surgery import WhereWeighted
@@ -97,9 +96,3 @@ def admm(
     settle(model, found)
     note(told(found))
     return task.fit(model, task, epochs=finetune, lr=lr, optimizer=optimizer, label="retrain")
-
-
-def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor] | None = None) -> float:
-    """The Euclidean distance of two sets of tensors, each set taken as one vector; from zero, if there is only one."""
-    gaps = (one if b is None else one - b[path] for path, one in a.items())
-    return sqrt(sum(float(gap.double().square().sum()) for gap in gaps))

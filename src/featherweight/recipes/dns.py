@@ -11,7 +11,7 @@ from featherweight.allowed import Amount, Positive, Share
 from featherweight.catalogue import recipe
 from featherweight.core.fit import Optimizers
 from featherweight.core.ledger import note
-from featherweight.core.masks import hidden, learn_behind, masks, settle, told
+from featherweight.core.masks import hidden, learn_behind, masks, occupied, settle, told
 from featherweight.core.site import PerLayer, Site, per_layer
 from featherweight.core.surgery import WhereWeighted
 from featherweight.core.task import Task
@@ -77,8 +77,9 @@ def dns(
     def surgery() -> None:
         for path, site in found.items():
             low, high = (1 - band) * middle[path], (1 + band) * middle[path]
-            keep = spliced(hidden(site).cpu(), site.keep, low, high) & allowed[path]
-            site.set_mask(model, occupied(site, keep, allowed[path]))
+            weight = hidden(site).cpu()
+            keep = spliced(weight, site.keep, low, high) & allowed[path]
+            site.set_mask(model, occupied(path, keep, weight.abs(), allowed[path]))
 
     def now_and_then(progress: float) -> None:
         chance = probability(next(iterations), gamma, power)
@@ -120,12 +121,3 @@ def spliced(weight: Tensor, keep: Tensor, low: float, high: float) -> Tensor:
     """
     size = weight.abs()
     return (size >= high) | ((size >= low) & keep)
-
-
-def occupied(site: Site, keep: Tensor, allowed: Tensor) -> Tensor:
-    """The mask, or one with the largest weight alone if it would empty the layer; that is noted."""
-    if keep.any() or not allowed.any():
-        return keep
-    note(f"{site.path}: no weight is above the threshold, the largest is kept: lower c")
-    size = torch.where(allowed, hidden(site).cpu().abs(), -torch.inf)
-    return torch.zeros_like(keep).view(-1).scatter(0, size.argmax(), True).view_as(keep)
