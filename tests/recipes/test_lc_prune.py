@@ -92,7 +92,7 @@ def test_on_quadratics_it_beats_one_shot_on_average():
         model, task = quadratic(seed, 6)
         x, y = task.train.x, task.train.y
         dense = model[0].weight.detach().clone()
-        lc_prune(model, task, sparsity=0.5, mu=1e-2, growth=1.6, steps=30, finetune=0, lr=1.0)
+        lc_prune(model, task, sparsity=0.5, mu=1e-2, growth=2.2, steps=14, finetune=0, lr=1.0)
         assert int((model[0].weight == 0).sum()) == 3
         ours.append(float(F.mse_loss(model(x), y).detach()))
         one_shot.append(float(F.mse_loss(x @ one(dense.view(-1), "l0", sparsity=0.5), y.view(-1))))
