@@ -28,7 +28,7 @@ def zeros(model):
 
 
 def test_divergence_is_that_of_the_integral():
-    """KL = E log|e| - log(alpha) / 2 + const, e ~ N(1, alpha), the constant such that it ends at 0 (eq. 10)."""
+    """KL = E log|e| - log(alpha) / 2 + const, e ~ N(1, alpha), the constant such that it ends at 0."""
     grid = torch.linspace(-8, 8, 400_001, dtype=torch.float64)
     density = torch.exp(-0.5 * grid.square()) / math.sqrt(2 * math.pi) * (grid[1] - grid[0])
     log_alpha = torch.linspace(-6, 6, 25, dtype=torch.float64)

@@ -84,7 +84,7 @@ def gates_of(model: nn.Module, inputs: Any, layers: Mapping[str, nn.Module]) -> 
         layers: torch's own linear and convolution layers by path, without shared weights.
 
     Raises:
-        BadOption: there is nothing to gate.
+        BadOption: no channel can have a gate.
         TraceError: the model cannot be traced.
     """
     channels = channel_groups(model, inputs)
@@ -112,9 +112,11 @@ def gates_of(model: nn.Module, inputs: Any, layers: Mapping[str, nn.Module]) -> 
             held.append(Held(path, 1, torch.where(own, place, ids)))
         if vectors:
             reads[path] = tuple(vectors)
-    if not count:
-        raise BadOption("there is no channel and no input of a linear layer that a gate can close: choose a method "
-                        "that ranks weights, such as magnitude_iterative")  # fmt: skip
+    if not len(numbers):
+        raise BadOption(
+            "no channel can be removed by a gate: each is the output, or something other than the chosen layers reads "
+            "it; choose a method that masks weights, such as magnitude_iterative"
+        )
     modules = dict(model.named_modules())
     for path, ids in channels.outputs.items():
         if isinstance(modules.get(path), WEIGHTED) and (missing := int(((gate[ids] < 0) & (ids >= 0)).sum())):
@@ -377,13 +379,17 @@ def _one_open(gates: Gates, closed: Tensor, score: Tensor) -> Tensor:
 
 def _fold(layer: nn.Module, factors: Tensor) -> None:
     """Multiplies what a layer reads into its weight."""
-    weight, factors = layer.get_parameter("weight"), factors.to(layer.get_parameter("weight"))
+    weight = layer.get_parameter("weight")
     with torch.no_grad():
-        if isinstance(layer, nn.ConvTranspose2d):
-            weight.mul_(factors.view(-1, 1, 1, 1))
-        elif isinstance(layer, nn.Linear):
-            weight.mul_(factors)
-        else:
-            groups = int(layer.groups)  # type: ignore[arg-type]
-            rows = factors.view(groups, -1).repeat_interleave(len(weight) // groups, 0)
-            weight.mul_(rows.view(*rows.shape, *[1] * (weight.dim() - 2)))
+        weight.mul_(along_inputs(layer, factors).to(weight))
+
+
+def along_inputs(layer: nn.Module, factors: Tensor) -> Tensor:
+    """One value for each input of a layer, shaped to meet its weight."""
+    if isinstance(layer, nn.Linear):
+        return factors[None]
+    if isinstance(layer, nn.ConvTranspose2d):
+        return factors.view(-1, 1, 1, 1)
+    groups, out = int(layer.groups), int(layer.out_channels)  # type: ignore[arg-type]
+    rows = factors.view(groups, -1).repeat_interleave(out // groups, 0)
+    return rows.view(*rows.shape, *[1] * len(layer.kernel_size))  # type: ignore[arg-type]

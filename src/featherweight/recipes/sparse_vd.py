@@ -48,9 +48,9 @@ def sparse_vd(
 
     Dmitry Molchanov, Arsenii Ashukha, Dmitry Vetrov, "Variational Dropout Sparsifies Deep Neural Networks", ICML 2017,
     arXiv:1701.05369. Minimises `loss + beta / N * sum KL(log alpha)` over `theta` and `log sigma^2`, the variance of
-    every weight (eq. 12), with `log alpha = log sigma^2 - log theta^2` and the approximation of the divergence from a
+    every weight, with `log alpha = log sigma^2 - log theta^2` and the approximation of the divergence from a
     log-uniform prior (eq. 14); `loss` is the task's, the mean over a batch, `N` the number of training samples, and
-    `beta` rises from 0 to `penalty`. Noise is drawn at the outputs of a layer (eq. 17), none in evaluation. In the end
+    `beta` rises from 0 to `penalty`. Noise is drawn at the outputs of a layer, none in evaluation. In the end
     the means are the weights.
 
     Departs from the paper: training starts at the given weights, where the paper starts at random ones or warms up;
