@@ -7,7 +7,7 @@ channels and everything that goes with them, so that what is left is an ordinary
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -22,14 +22,14 @@ from featherweight.core import measuring
 from featherweight.core.channels import Channels, channel_groups, remove_channels
 from featherweight.core.cost import Cost, cost
 from featherweight.core.fit import Optimizers
-from featherweight.core.forms import bake, has_forms, mask_zeros, masked_names, originals
+from featherweight.core.forms import Mask, attach, bake, has_forms, mask_zeros, masked_names, originals
 from featherweight.core.grains import Grain, all_but, pattern_of, pooled, units
 from featherweight.core.ledger import note
 from featherweight.core.restart import Carried, reinitialise
 from featherweight.core.select import lowest
 from featherweight.core.site import PerLayer, Site, per_layer
 from featherweight.core.study import Study
-from featherweight.core.surgery import WhereWeighted
+from featherweight.core.surgery import WEIGHTED, WhereWeighted
 from featherweight.core.task import Task
 from featherweight.core.trace import weight_tensors
 from featherweight.core.widths import (
@@ -318,24 +318,28 @@ def _deviation(site: Site) -> float:
 def _prune_channels(
     model: nn.Module, training: _Training, goal: _Goal, ways: Sequence[float], order: str, *, soft: bool
 ) -> nn.Module:
-    """The loop for channels. Masks of earlier methods are made plain; their zeros are masked again at the end."""
+    """The loop for channels. Masks of earlier methods are made plain for a removal, and are back for every training."""
     masked = masked_names(model)
     start = _Start.of(bake(model), training.task)
     carried = Carried(training.optimizer)
     training = replace(training, optimizer=carried)
-    events = [(way, group) for group in start.groups(order) for way in ways]
+    chosen = per_layer(model, "prune_ratio", goal.prune_ratio, goal.where)[0]
+    events = [(way, group) for group in start.groups(order, chosen) for way in ways]
     gone = 0
     for turn, (way, group) in enumerate(events, 1):
-        shrinking, doomed = _doomed(model, training.task, start, goal, way, group)
+        shrinking, doomed = _doomed(bake(model), training.task, start, goal, way, group)
+        zeros = {(path, name): getattr(model.get_submodule(path), name) == 0 for path, name in masked}
         if soft and turn < len(events):
             zero_channels(model, shrinking.channels, doomed)
+            for (path, name), zero_before in zeros.items():
+                attach(model.get_submodule(path), Mask(~zero_before), at=name, root=model)
         else:
             remove_channels(model, doomed, channels=shrinking.channels, optimizer=carried.held)
+            mask_zeros(model, masked)
             gone += len(doomed)
         training.after_round(model, turn, len(events), f"{gone} of {start.channels.count} channels removed")
     check_some(gone, start.channels, goal.round_to)
     training.at_last(model)
-    mask_zeros(model, masked)
     return model
 
 
@@ -368,11 +372,13 @@ class _Start:
     def of(model: nn.Module, task: Task) -> _Start:
         return _Start(copy.deepcopy(model), channel_groups(model, task.inputs()), cost(model, task.inputs()))
 
-    def groups(self, order: str) -> list[tuple[str, ...] | None]:
+    def groups(self, order: str, chosen: Iterable[str]) -> list[tuple[str, ...] | None]:
         """The groups of coupled layers in the order in which they take turns; None stands for all at once."""
         if order == "all":
             return [None]
-        layers: list[tuple[str, ...] | None] = [group.layers for group in self.channels.groups]
+        layers: list[tuple[str, ...] | None] = [
+            group.layers for group in self.channels.groups if not set(chosen).isdisjoint(group.layers)
+        ]
         return layers if order == "forward" else layers[::-1]
 
     def count(self, layers: Sequence[str]) -> int:
@@ -456,11 +462,13 @@ def zero_channels(model: nn.Module, channels: Channels, doomed: Tensor) -> None:
     gone[doomed] = True
     tensors = weight_tensors(model)
     with torch.no_grad():
-        for path, ids in channels.outputs.items():
-            for name in (f"{path}.weight", f"{path}.bias"):
-                rows = channels.axes.get((name, 0))
-                if rows is not None and name in tensors and len(rows) == len(ids):
-                    tensors[name][gone[rows]] = 0
+        for path in channels.outputs:
+            module = model.get_submodule(path)
+            if isinstance(module, WEIGHTED):
+                dim = 1 if isinstance(module, nn.ConvTranspose2d) else 0
+                for name, along in ((f"{path}.weight", dim), (f"{path}.bias", 0)):
+                    if (rows := channels.axes.get((name, along))) is not None:
+                        tensors[name].index_fill_(along, gone[rows].nonzero().flatten(), 0.0)
 
 
 def _sparsity(found: Mapping[str, Site]) -> float:
