@@ -307,3 +307,8 @@ def repair(
         if keep is not None:
             free[:, :-1] &= keep.flatten(1).cpu()
         put(layer, moments.refit(weight, free, ridge))
+
+
+def with_bias(keep: Tensor, bias: bool) -> Tensor:
+    """What is free (outputs, columns + 1), given what is kept."""
+    return torch.cat([keep, torch.full((len(keep), 1), bias)], 1)

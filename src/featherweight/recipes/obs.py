@@ -32,7 +32,7 @@ from featherweight.allowed import Amount, Count, Fraction, Positive, Share
 from featherweight.catalogue import recipe
 from featherweight.core.fit import Optimizers
 from featherweight.core.forms import bake
-from featherweight.core.layerwise import Sums, called, kept_by_masks, unfit
+from featherweight.core.layerwise import Sums, called, kept_by_masks, unfit, with_bias
 from featherweight.core.ledger import note, skip
 from featherweight.core.masks import largest
 from featherweight.core.reconstruct import Moments, augmented, patterns, put
@@ -185,11 +185,6 @@ def prune_rows(
         gone.view(-1)[rises.indices[:affordable]] = True
     new = moments.refit(torch.where(with_bias(~gone, True), start, 0.0), with_bias(~gone, bias), alpha)
     return new, ~gone
-
-
-def with_bias(keep: Tensor, bias: bool) -> Tensor:
-    """What is free (outputs, columns + 1), given what is kept."""
-    return torch.cat([keep, torch.full((len(keep), 1), bias)], 1)
 
 
 def trace(weight: Tensor, inverse: Tensor, step: float, count: int, most: int | None = None) -> tuple[Tensor, Tensor]:
