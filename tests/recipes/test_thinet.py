@@ -14,7 +14,7 @@ from featherweight.core.layerwise import Contributions
 from featherweight.core.ledger import recording
 from featherweight.core.reconstruct import Moments
 from featherweight.core.task import Task, evaluate
-from featherweight.errors import CompressionError
+from featherweight.errors import BadOption
 from featherweight.recipes.thinet import greedy
 
 thinet = entry("thinet")
@@ -143,5 +143,5 @@ def test_a_ratio_that_would_empty_a_layer_keeps_one_channel_and_says_so():
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2), nn.ReLU(), nn.Linear(2, 4))
     thinet(model, small_task(), prune_ratio=0.99, **ONLY)
     assert model[1].out_features == 1
-    with pytest.raises(CompressionError, match="prune_ratio"):
+    with pytest.raises(BadOption, match="masks weights"):
         thinet(nn.Sequential(nn.Flatten(), nn.Linear(64, 1), nn.ReLU(), nn.Linear(1, 4)), small_task(), **ONLY)

@@ -23,7 +23,8 @@ from featherweight.core.labels import components
 from featherweight.core.ledger import note, skip
 from featherweight.core.reconstruct import Moments, augmented, layer_rows, put, refusal, solved
 from featherweight.core.task import Batch, Task, device_of, eval_mode, to_device
-from featherweight.core.widths import check_some, rounded
+from featherweight.core.widths import NO_CHANNELS, check_some, rounded
+from featherweight.errors import BadOption
 
 Refit = Literal["none", "scalar", "full"]
 
@@ -116,6 +117,9 @@ def _refused(model: nn.Module, channels: Channels, order: list[str]) -> dict[int
         read[ids] = True
         if why:
             refused |= dict.fromkeys(ids[ids >= 0].tolist(), f"its channels are read by {path}, {why}")
+    for path, ids in channels.outputs.items():
+        if isinstance(modules.get(path), nn.RNNBase):
+            refused |= dict.fromkeys(ids[ids >= 0].tolist(), "a recurrent layer reads its own outputs")
     for ids, _ in channels.norms.values():
         refused |= dict.fromkeys(ids[ids >= 0].tolist(), "a norm takes its statistics over its channels")
     unread = (~read[:-1]).nonzero().flatten().tolist()
@@ -205,6 +209,7 @@ def prune_layerwise(
     once. Targets are the outputs of the network as it was given (after a fine-tuning in between: as it was then).
 
     Raises:
+        BadOption: there is no channel that least squares could make up for.
         CompressionError: no channel could be removed.
     """
     masked, keeps = masked_names(model), kept_by_masks(model)
@@ -218,7 +223,10 @@ def prune_layerwise(
         for (path, name), keep in keeps.items():
             getattr(model.get_submodule(path), name).data.mul_(keep)
 
-    for stage in stages(model, channels, task):
+    found_stages = stages(model, channels, task)
+    if not found_stages:
+        raise BadOption(NO_CHANNELS)
+    for stage in found_stages:
         held = Sums(model, original, task, positions, calibration_batches)
         found = contributions(model, stage, held)
         wanted = choose(found, int(prune_ratio * len(stage.members)))

@@ -40,7 +40,7 @@ from featherweight.errors import CompressionError
     family="prune",
     needs={"labels", "train"},
     shrinks={"channels"},
-    small={"calibration_batches": 2, "finetune": 1, "round_to": 1},
+    small={"calibration_batches": 2, "finetune": 1, "round_to": 1, "prune_ratio": 0.75},
 )
 def reduce_and_reuse(
     model: nn.Module,
@@ -98,7 +98,10 @@ def reduce_and_reuse(
         done.append(path)
         note(f"{path}: {kept} of {filters} filters kept, the others made from them")
     if not done:
-        raise CompressionError("of no layer does it pay to make some filters from others: choose another prune_ratio")
+        raise CompressionError(
+            "of no layer does it pay to make filters from others: raise prune_ratio, or choose a method that masks "
+            "weights, such as magnitude_iterative"
+        )
     mask_zeros(model, [(f"{path}.0" if path in done else path, name) for path, name in masked])
     return task.fit(model, task, epochs=finetune, lr=lr, optimizer=optimizer, label="fine-tune")
 
