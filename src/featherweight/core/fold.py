@@ -38,6 +38,17 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> nn.Module:
     return model
 
 
+def norms_behind(model: nn.Module, example_inputs: Any) -> dict[str, str]:
+    """The path of the batch norm that alone reads a layer's output, by the layer's path. The model holds no forms.
+
+    Raises:
+        TraceError: the model cannot be traced.
+    """
+    paths = {id(module): path for path, module in model.named_modules()}
+    found = _pairs(model, example_inputs).items()
+    return {paths[id(layer)]: norm for norm, layer in found if not isinstance(layer, str)}
+
+
 def _pairs(model: nn.Module, example_inputs: Any) -> dict[str, nn.Module | str]:
     """Every batch norm by path, with the layer to fold it into, or the reason why there is none."""
     program = trace(model, example_inputs)
