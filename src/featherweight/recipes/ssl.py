@@ -6,22 +6,21 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from featherweight.allowed import Amount, Count, Positive
 from featherweight.catalogue import recipe
-from featherweight.core.channels import Channels, channel_groups, remove_channels
+from featherweight.core.channels import channel_groups
 from featherweight.core.columns import live_columns
-from featherweight.core.constants import absorb_constants
+from featherweight.core.emptied import remove_zero_branches, remove_zero_channels
 from featherweight.core.fit import DECAYS, Optimizers
 from featherweight.core.fold import fold_batchnorm
 from featherweight.core.forms import bake, mask_zeros, masked_names
 from featherweight.core.groups import Groups, makers, readers, shapes, wholes
 from featherweight.core.ledger import note
-from featherweight.core.residual import branches, remove_branches
+from featherweight.core.residual import branches
 from featherweight.core.site import sites
 from featherweight.core.task import Task
-from featherweight.core.widths import rounded
 from featherweight.errors import BadOption, CompressionError
 
 
@@ -156,39 +155,6 @@ CURES = {
     "shape": "it has no linear or convolution layers",
     "depth": "depth_penalty needs blocks that are modules of their own and add a branch to a shortcut",
 }
-
-
-def remove_zero_branches(model: nn.Module, task: Task) -> None:
-    """Replaces every residual block whose branch is all zeros by what it computes without it."""
-    found = branches(model, task.inputs())
-    zero = wholes(model, [branch.layers for branch in found]).zero(model)
-    gone = [branch for branch, empty in zip(found, zero.tolist(), strict=True) if empty]
-    remove_branches(model, gone, task.inputs())
-    note(f"{len(gone)} of {len(found)} residual branches removed: {', '.join(b.block for b in gone) or 'none'}")
-
-
-def remove_zero_channels(model: nn.Module, task: Task, round_to: int) -> None:
-    """Removes the channels whose filters are all zero, or whose readers are; constants move into the next layers."""
-    channels = channel_groups(model, task.inputs())
-    made, read = makers(model, channels), readers(model, channels)
-    dead = (made.zero(model) | read.zero(model)).nonzero().flatten()
-    refuse_empty(channels, dead)
-    left = made.norms(model)[dead] + read.norms(model)[dead]
-    doomed = rounded(channels, dead[left.argsort(stable=True)], round_to)
-    absorb_constants(model, task, channels, doomed)
-    remove_channels(model, doomed, channels=channels)
-    note(f"{len(doomed)} of {channels.count} channels removed")
-
-
-def refuse_empty(channels: Channels, dead: Tensor) -> None:
-    """Refuses to go on with a network of which a layer puts out nothing but constants.
-
-    Raises:
-        CompressionError: all channels of a layer are dead.
-    """
-    for path, ids in channels.outputs.items():
-        if bool((ids >= 0).any()) and bool(torch.isin(ids, dead).all()):
-            raise CompressionError(f"every channel of {path} became zero, the network is dead: lower the penalty")
 
 
 def mask_zero_shapes(model: nn.Module) -> None:
