@@ -58,6 +58,12 @@ RECIPES = {
     **lenets("lenet300", epochs=40, lr=0.1),
     **lenets("lenet5", epochs=25, lr=0.05, channels_last=True),
     "vgg_fashion_mnist": Recipe("vgg", "fashion_mnist", epochs=6, lr=0.1, augment="shift+flip", channels_last=True),
+    "resnet20_fashion_mnist": Recipe(
+        "resnet20", "fashion_mnist", epochs=6, lr=0.1, augment="shift+flip", channels_last=True
+    ),
+    "mobilenet_v2_fashion_mnist": Recipe(
+        "mobilenet_v2:width=0.5,halvings=3", "fashion_mnist", epochs=6, lr=0.1, augment="shift+flip", channels_last=True
+    ),
 }
 
 
