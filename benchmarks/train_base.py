@@ -62,7 +62,7 @@ RECIPES = {
         "resnet20", "fashion_mnist", epochs=6, lr=0.1, augment="shift+flip", channels_last=True
     ),
     "mobilenet_v2_fashion_mnist": Recipe(
-        "mobilenet_v2:width=0.5,halvings=3", "fashion_mnist", epochs=6, lr=0.1, augment="shift+flip", channels_last=True
+        "mobilenet_v2:halvings=3", "fashion_mnist", epochs=5, lr=0.1, augment="shift+flip", channels_last=True
     ),
 }
 
