@@ -205,7 +205,7 @@ def main() -> None:
                 found["test"] = evaluate(model, task, "test").value
                 kept[tool, cut] = copy.deepcopy(model)
             rows.append(found)
-            result |= {"summary": summary(rows), "environment": provenance.environment(), "commit": commit()}
+            result |= {"table": summary(rows), "environment": provenance.environment(), "commit": commit()}
             outputs.write_json(RESULTS, result)
             print({k: v for k, v in found.items() if k != "widths"}, flush=True)
     for cut in CUTS:
@@ -213,7 +213,7 @@ def main() -> None:
             networks = {"original": base().eval(), "theirs": kept["theirs", cut], "ours": kept["ours", cut]}
             result["latency"][str(cut)] = timed(networks, task)
             outputs.write_json(RESULTS, result)
-    print(result["summary"], result["latency"])
+    print(result["table"], result["latency"])
 
 
 if __name__ == "__main__":
