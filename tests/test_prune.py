@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from conftest import small_cnn, small_mlp, small_task
+from featherweight.core.channels import channel_groups
 from featherweight.core.fit import fit
 from featherweight.core.forms import Codebook, attach, bake, forms_of, mask_of
 from featherweight.core.ledger import recording
@@ -19,7 +20,7 @@ from featherweight.ingredients.schedule.constant import constant
 from featherweight.ingredients.schedule.cubic import cubic
 from featherweight.ingredients.schedule.linear import linear
 from featherweight.ingredients.score.magnitude import magnitude
-from featherweight.prune import prune
+from featherweight.prune import prune, zero_channels
 
 ONE_SHOT = {"rounds": 1, "epochs": 0, "finetune": 0}
 
@@ -208,3 +209,16 @@ def test_retraining_needs_training_data():
     task = small_task()
     with pytest.raises(MissingNeed, match="train"):
         prune(small_mlp(), type(task)(valid=task.valid), sparsity=0.5, score=magnitude, schedule=cubic)
+
+
+def test_soft_channels_are_zero_before_their_norms_and_learn_on():
+    model = small_cnn()
+    channels = channel_groups(model, small_task().inputs())
+    zero_channels(model, channels, torch.cat([channels.outputs["0"][:3], channels.outputs["3"][:5]]))
+    assert [int((model[i].weight.flatten(1).abs().sum(1) == 0).sum()) for i in (0, 3)] == [3, 5]
+    assert model[1].weight.all()
+    assert model[4].weight.all()
+    for norm in (model[1], model[4]):
+        nn.init.constant_(norm.bias, 0.5)
+    fit(model, small_task(), epochs=1)
+    assert [int((model[i].weight.flatten(1).abs().sum(1) == 0).sum()) for i in (0, 3)] == [0, 0]

@@ -117,3 +117,7 @@ def test_what_the_batches_lack_is_said():
         study.labels()
     with pytest.raises(BadData, match="loss of the calibration batches is nan"):
         study.loss()
+    bare = Study(small_mlp(), Task(valid=[x], train=[x]), ["1"], 2)
+    for asked in (bare.loss, bare.gates, bare.gradients):
+        with pytest.raises(MissingNeed, match="loss needs labels"):
+            asked()

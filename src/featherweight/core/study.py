@@ -14,6 +14,7 @@ from typing import Any, TypeVar, final
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
 
 from featherweight.core.channels import Channels, channel_groups
 from featherweight.core.flow import Step, follow
@@ -69,6 +70,11 @@ class Study:
         """
         return self.once(_batches)
 
+    def sizes(self) -> list[int]:
+        """How many samples each batch holds."""
+        inputs = [self.task.split(batch)[:2] for batch in self.batches()]
+        return [len(next(t for t in pytree.tree_leaves(one) if isinstance(t, Tensor))) for one in inputs]
+
     def labels(self) -> Tensor:
         """The targets of all samples, in order.
 
@@ -91,7 +97,7 @@ class Study:
             BadData: it is not finite.
         """
         with eval_mode(self.model):
-            losses = [float(self.task.loss(*run(self.model, self.task, batch))) for batch in self.batches()]
+            losses = [float(_loss(self, batch)) for batch in self.batches()]
         mean = sum(losses) / len(losses)
         if not math.isfinite(mean):
             raise BadData(f"the loss of the calibration batches is {mean}: check the data and the weights")
@@ -177,6 +183,16 @@ def _batches(study: Study) -> list[Batch]:
     return found
 
 
+def _loss(study: Study, batch: Batch) -> Tensor:
+    output, target = run(study.model, study.task, batch)
+    try:
+        return study.task.loss(output, target)
+    except (TypeError, AttributeError) as error:
+        if target is not None:
+            raise
+        raise MissingNeed("the loss needs labels, which the batches do not have: yield (inputs, labels)") from error
+
+
 def _channels(study: Study) -> Channels:
     return channel_groups(study.model, study.task.inputs())
 
@@ -235,8 +251,8 @@ def _gates(study: Study) -> dict[str, Tensor]:
         for batch in study.batches():
             gates.clear()
             with torch.enable_grad():
-                output, target = run(study.model, study.task, batch)
-                loss = study.task.loss(output, target) * len(next(iter(gates.values())))  # a mean: undo its 1/B
+                loss = _loss(study, batch)
+                loss = loss * len(next(iter(gates.values())))  # a mean: undo its 1/B
             found = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
             for path, grad in zip(gates, found, strict=True):
                 if grad is None:
@@ -253,8 +269,7 @@ def _gradients(study: Study) -> dict[str, Tensor]:
         for batch in batches:
             with torch.enable_grad(), parametrize.cached():  # a weight under forms is computed once, and shared
                 weights: list[Tensor] = [getattr(layer, "weight") for layer in layers.values()]  # noqa: B009 - typed
-                output, target = run(study.model, study.task, batch)
-                found = torch.autograd.grad(study.task.loss(output, target), weights)
+                found = torch.autograd.grad(_loss(study, batch), weights)
             for path, grad in zip(layers, found, strict=True):
                 total[path] = total.get(path, torch.zeros_like(grad)) + grad / len(batches)
     return {path: grad.cpu() for path, grad in total.items()}

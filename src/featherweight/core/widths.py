@@ -182,7 +182,7 @@ def removable(channels: Channels, path: str) -> bool:
 def map_flops(cost: Cost, found: Mapping[str, Site], weight: float) -> dict[str, float]:
     """`weight` times the millions of operations of one feature map of every layer, `2 HW (C k^2 + 1) / 1e6`.
 
-    Source: Molchanov et al., ICLR 2017, appendix A.1.
+    Source: Molchanov et al., ICLR 2017.
     """
     told = {}
     for path, site in found.items():
