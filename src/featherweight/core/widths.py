@@ -70,7 +70,8 @@ def normalised(scores: Tensor, how: Normalise) -> Tensor:
         places = torch.empty_like(scores).flatten()
         places[scores.flatten().argsort(stable=True)] = torch.arange(scores.numel(), dtype=torch.float64)
         return places.view_as(scores) / max(1, scores.numel() - 1)
-    sizes = {"none": torch.ones(()), "l2": scores.norm(), "mean": scores.abs().mean(), "max": scores.abs().max()}
+    known = torch.where(scores.isfinite(), scores.abs(), 0.0)  # an infinite score stands for none: the unit stays
+    sizes = {"none": torch.ones(()), "l2": known.norm(), "mean": known.mean(), "max": known.max()}
     return scores / (float(sizes[how]) or 1.0)
 
 
@@ -221,6 +222,10 @@ def scores_of(
     if not chosen:
         raise BadOption(NO_CHANNELS)
     pooled = channels.pool(chosen, coupled)
+    if not pooled.isfinite().any():
+        raise BadOption(
+            "no layer that was chosen has a score, as is said of each: choose another score or other layers"
+        )
     return torch.where(torch.isnan(pooled), torch.inf, pooled)
 
 
