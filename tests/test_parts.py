@@ -16,7 +16,11 @@ from featherweight.cli import app
 from featherweight.errors import UnknownName
 
 PARTS = sorted(entries("part"))
-CARRIERS = {"schedule": ("magnitude_iterative",), "score": ("magnitude_iterative", "pfec_l1")}
+CARRIERS = {
+    "schedule": ("magnitude_iterative",),
+    "score": ("magnitude_iterative", "pfec_l1"),
+    "allocation": ("magnitude_iterative", "pfec_l1"),
+}
 """What a part of each slot is tried in."""
 CASES = [(part, carrier) for part in PARTS for carrier in CARRIERS[entries("part")[part].slot]]
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from featherweight.core.wiring import wire
     from featherweight.figures import measure
     from featherweight.pipeline import Result, compress
+    from featherweight.prune import sensitivity
     from featherweight.running import run
 
 _WHERE = {
@@ -38,6 +39,7 @@ _WHERE = {
     "run": "running",
     "tracking": "core.tracking",
     "measure": "figures",
+    "sensitivity": "prune",
     "save": "coding",
     "load": "coding",
     "inspect": "coding",
@@ -67,6 +69,7 @@ __all__ = [
     "report",
     "run",
     "save",
+    "sensitivity",
     "tracking",
     "unpack",
     "wire",

@@ -414,6 +414,7 @@ class _Session:
             **reached,
             "skipped": remarks.skipped,
             "notes": remarks.notes,
+            "tables": remarks.tables,
             "rolled_back": False,
         }
         broken = self._broken(reached, after)

@@ -24,10 +24,11 @@ from featherweight.core.cost import Cost, cost
 from featherweight.core.fit import Optimizers
 from featherweight.core.forms import Mask, attach, bake, has_forms, mask_zeros, masked_names, originals
 from featherweight.core.grains import Grain, all_but, pattern_of, pooled, units
-from featherweight.core.ledger import note
+from featherweight.core.ledger import note, show
 from featherweight.core.restart import Carried, reinitialise
 from featherweight.core.select import lowest
-from featherweight.core.site import PerLayer, Site, per_layer
+from featherweight.core.sensitivity import RATIOS, Allocate, Left, Sensitivity, mask_bytes, scan
+from featherweight.core.site import PerLayer, Site, per_layer, sites
 from featherweight.core.study import Study
 from featherweight.core.surgery import WEIGHTED, WhereWeighted
 from featherweight.core.task import Task
@@ -85,7 +86,18 @@ def fits_the_grain(options: Mapping[str, Any]) -> None:
         raise BadOption(f'order={options["order"]!r} goes through channels layer by layer: pass grain="filter"')
 
 
-@checked(starts_below, ranks_apart, fits_the_grain)
+def spreads_a_total(options: Mapping[str, Any]) -> None:
+    """Refuses an allocation where every layer's fraction is given."""
+    if options.get("allocation") is None:
+        return
+    named = "prune_ratio" if options["grain"] == "filter" else "sparsity"
+    if isinstance(options[named], Mapping):
+        raise BadOption(f"allocation spreads a total over the layers, but {named} names a fraction for each: pass one")
+    if pattern_of(options["grain"]) is not None:
+        raise BadOption(f'grain="{options["grain"]}" removes the same of every layer: leave allocation out')
+
+
+@checked(starts_below, ranks_apart, fits_the_grain, spreads_a_total)
 def prune(
     model: nn.Module,
     task: Task,
@@ -95,6 +107,7 @@ def prune(
     sparsity: PerLayer[Fraction] = 0.9,
     prune_ratio: PerLayer[Fraction] = 0.5,
     budget: str | None = None,
+    allocation: Annotated[str, Slot("allocation")] | Allocate | None = None,
     scope: Scope = "std",
     normalise: Normalise = "none",
     coupled: Coupled = "sum",
@@ -129,6 +142,9 @@ def prune(
         prune_ratio: with the grain "filter": fraction of the channels removed; or layer patterns with a fraction each.
         budget: with the grain "filter", in place of prune_ratio: the fewest channels with which it holds, such as
             "macs<=0.5x" (or "params<=100k", or "latency<=0.5x", which is timed).
+        allocation: how that total is spread over the layers, by pruning each of them alone and evaluating it on the
+            validation data: "layer_sensitivity" (as much of every layer as one tolerated drop allows) or
+            "budget_knapsack" (the least sum of drops, by integer programming); left out, by scope.
         scope: "layer" removes the same fraction of every layer, "global" ranks all scores together, "std" ranks them
             after division by the deviation of the surviving weights of their layer: one threshold of `q` deviations.
             If the goal is a mapping, every layer is ranked by itself: "std" has no say, "global" is refused.
@@ -162,20 +178,23 @@ def prune(
         CompressionError: no channel can be removed, or the budget is not reached.
     """
     score, schedule = fill("score", score), fill("schedule", schedule)
+    allocate = None if allocation is None else fill("allocation", allocation)
     training = _Training(task, epochs, finetune, lr, optimizer, recovery)
     if grain == "filter":
         goal = _Goal(score, prune_ratio, budget, scope, normalise, coupled, flops, start, round_to, calibration_batches,
-                     where)  # fmt: skip
+                     where, allocate)  # fmt: skip
         ways = [schedule(turn / rounds) for turn in range(1, rounds + 1)]
         return _prune_channels(model, training, goal, ways, order, soft=permanence == "soft")
     found, goals = per_layer(model, "sparsity", sparsity, where)
     found = studied(model, task, found, calibration_batches, grain=grain)
     if isinstance(sparsity, Mapping) and scope == "std":  # the default: it cannot be told whether it was asked for
         note("every layer is ranked by itself, since sparsity names a fraction for each: scope has no say")
-    within = "layer" if isinstance(sparsity, Mapping) else scope
+    within = "layer" if isinstance(sparsity, Mapping) or allocate else scope
+    if allocate:
+        goals = _spread(model, task, found, score, grain, allocate, next(iter(goals.values())))
     for turn in range(1, rounds + 1):
         way, last = schedule(turn / rounds), turn == rounds
-        now = {path: start + (goal - start) * way for path, goal in goals.items()}
+        now = {path: min(start, goal) + (goal - min(start, goal)) * way for path, goal in goals.items()}
         mask_lowest(
             model, found, score, now, within, grain=grain, normalise=normalise, soft=permanence == "soft" and not last
         )
@@ -312,6 +331,125 @@ def _deviation(site: Site) -> float:
     return (float(alive.std(unbiased=False)) if alive.numel() > 1 else 0.0) or 1.0
 
 
+# --- how much of each layer -----------------------------------------------------------------------------------------
+
+
+def sensitivity(
+    model: nn.Module,
+    task: Task,
+    *,
+    score: str | Score = "magnitude",
+    grain: Grain = "weight",
+    ratios: Sequence[float] = RATIOS,
+    round_to: int = 16,
+    calibration_batches: int = 8,
+    where: WhereWeighted = None,
+) -> Sensitivity:
+    """What every layer alone bears: the metric on `task.valid`, MACs and bytes at each ratio. The model is not changed.
+
+    Measured once for the same weights, data and scores in a process, also where `prune(allocation=)` asks for it.
+
+    Args:
+        score: an ingredient, as in `prune`.
+        grain: "filter" removes channels, anything else masks.
+        ratios: fractions of the layer, rising.
+        round_to: with the grain "filter": wider layers keep a multiple of this many channels.
+        calibration_batches: batches that scores of activations and gradients look at.
+        where: which layers.
+
+    Raises:
+        UnknownName: no such ingredient or layer.
+        TraceError: channels of a network that cannot be traced.
+    """
+    score = fill("score", score)
+    if grain == "filter":
+        plain = bake(copy.deepcopy(model))
+        goal = _Goal(score, 0.5, None, "layer", "none", "sum", 0.0, 0.0, round_to, calibration_batches, where)
+        shrinking, layers = _scored(plain, task, goal)
+        return scan_channels(plain, task, shrinking, list(layers), ratios)
+    found = studied(model, task, sites(model, where), calibration_batches, grain=grain)
+    return scan_weights(model, task, found, score, grain, ratios)
+
+
+def _spread(
+    model: nn.Module,
+    task: Task,
+    found: Mapping[str, Site],
+    score: Score,
+    grain: str,
+    allocate: Allocate,
+    sparsity: float,
+) -> dict[str, float]:
+    """The fraction of every layer with which all of them together have this sparsity, by what each costs alone."""
+    ratios = RATIOS if sparsity <= RATIOS[-1] else (*RATIOS, (1 + sparsity) / 2)
+    measured = scan_weights(model, task, found, score, grain, ratios)
+    chosen = allocate(measured.curves(), sparsity)
+    sizes = {path: site.weight.numel() for path, site in found.items()}
+    more = sparsity * sum(sizes.values()) / max(1e-12, sum(chosen[path] * size for path, size in sizes.items()))
+    chosen = {path: min(1.0, more) * ratio for path, ratio in chosen.items()}  # what was tried is a grid
+    show("sensitivity", measured.told(chosen))
+    return chosen
+
+
+def scan_weights(
+    model: nn.Module,
+    task: Task,
+    found: Mapping[str, Site],
+    score: Score,
+    grain: str = "weight",
+    ratios: Sequence[float] = RATIOS,
+) -> Sensitivity:
+    """What masking each layer alone costs the metric and saves."""
+    scores = {path: _of_weights(site, score(site)).detach() for path, site in found.items()}
+    plain = cost(bake(copy.deepcopy(model)), task.inputs())
+    sizes = {path: site.weight.numel() for path, site in found.items()}
+    kept = {path: int(site.keep.sum()) for path, site in found.items()}
+
+    def left(path: str, staying: int) -> Left:
+        nonzeros = plain.nonzeros - kept[path] + staying
+        where = sum(mask_bytes(size, staying if p == path else kept[p]) for p, size in sizes.items())
+        return Left(sum(sizes.values()) - sizes[path] + staying, nonzeros, plain.macs, 4 * nonzeros + where)
+
+    def trial(path: str, ratio: float) -> tuple[nn.Module, Left]:
+        smaller = copy.deepcopy(model)
+        site = Site(path, smaller.get_submodule(path), grain=grain)
+        mask_lowest(smaller, {path: site}, lambda one: scores[one.path], {path: ratio}, "layer", grain=grain)
+        return smaller, left(path, int(site.keep.sum()))
+
+    dense = sum(mask_bytes(size, kept[path]) for path, size in sizes.items())
+    whole = Left(sum(sizes.values()), plain.nonzeros, plain.macs, 4 * plain.nonzeros + dense)
+    return scan(model, task, whole, list(found), trial, scores=scores, told=f"weights {grain}", ratios=ratios)
+
+
+def scan_channels(
+    model: nn.Module, task: Task, shrinking: Shrinking, layers: Sequence[str], ratios: Sequence[float] = RATIOS
+) -> Sensitivity:
+    """What removing channels of each layer alone costs the metric and saves; coupled layers count as the first."""
+    channels = shrinking.channels
+    prices = Prices.of(model, channels, cost(model, task.inputs()))
+    count = count_of(channels, layers)
+
+    def left(doomed: Tensor) -> Left:
+        params = prices.params(doomed)
+        return Left(count - len(doomed), params, prices.macs(doomed), 4 * params)
+
+    def trial(path: str, ratio: float) -> tuple[nn.Module, Left]:
+        doomed = shrinking.by_layer({path: ratio})
+        smaller = copy.deepcopy(model)
+        remove_channels(smaller, doomed, channels=channels)
+        return smaller, left(doomed)
+
+    whole = left(torch.empty(0, dtype=torch.long))
+    told = f"channels, multiples of {shrinking.round_to}"
+    leading, seen = [], torch.zeros(channels.count, dtype=torch.bool)
+    for path in layers:
+        ids = channels.outputs[path]
+        if not seen[ids[ids >= 0]].all():
+            leading.append(path)
+        seen[ids[ids >= 0]] = True
+    return scan(model, task, whole, leading, trial, scores={"": shrinking.scores}, told=told, ratios=ratios)
+
+
 # --- channels --------------------------------------------------------------------------------------------------------
 
 
@@ -321,6 +459,8 @@ def _prune_channels(
     """The loop for channels. Masks of earlier methods are made plain for a removal, and are back for every training."""
     masked = masked_names(model)
     start = _Start.of(bake(model), training.task)
+    if goal.allocate is not None:
+        goal = replace(goal, plan=_plan(model, training.task, start, goal, goal.allocate), budget=None)
     carried = Carried(training.optimizer)
     training = replace(training, optimizer=carried)
     chosen = per_layer(model, "prune_ratio", goal.prune_ratio, goal.where)[0]
@@ -358,6 +498,8 @@ class _Goal:
     round_to: int
     batches: int
     where: Any
+    allocate: Allocate | None = None
+    plan: Mapping[str, float] | None = None  # the fraction of every layer, once it was allocated
 
 
 @dataclass(frozen=True)
@@ -395,6 +537,29 @@ def _doomed(
     model: nn.Module, task: Task, start: _Start, goal: _Goal, way: float, group: tuple[str, ...] | None
 ) -> tuple[Shrinking, Tensor]:
     """What goes in one round: what is missing of the fraction, or of the budget, that it is to have reached."""
+    shrinking, ratios = _scored(model, task, goal, group)
+    channels, layers = shrinking.channels, list(ratios)
+    if goal.budget is not None:
+        uniform = partial(_uniform, shrinking, layers) if goal.scope == "layer" else None
+        holds = _holds(model, task, start, goal.budget, way, shrinking)
+        return shrinking, shrinking.until(holds, candidates=uniform, told=goal.budget)
+
+    def missing(chosen: Sequence[str], ratio: float) -> float:
+        first = min(goal.start, ratio)
+        asked = first + (ratio - first) * way
+        return max(0.0, 1 - (1 - asked) * start.count(chosen) / max(1, count_of(channels, chosen)))
+
+    if goal.plan is not None:
+        return shrinking, shrinking.by_layer({p: missing([p], r) for p, r in goal.plan.items() if p in ratios})
+    if goal.scope == "layer" or isinstance(goal.prune_ratio, Mapping):
+        return shrinking, shrinking.by_layer({path: missing([path], ratio) for path, ratio in ratios.items()})
+    return shrinking, shrinking.doomed(missing(layers, next(iter(ratios.values()))))
+
+
+def _scored(
+    model: nn.Module, task: Task, goal: _Goal, group: tuple[str, ...] | None = None
+) -> tuple[Shrinking, dict[str, float]]:
+    """The channels with their scores as the model is now, and of the chosen layers those that can lose some."""
     channels = channel_groups(model, task.inputs())
     found, ratios = per_layer(model, "prune_ratio", goal.prune_ratio, goal.where)
     found = {path: site for path, site in found.items() if group is None or path in group}
@@ -403,19 +568,24 @@ def _doomed(
     less = map_flops(cost(model, task.inputs()), found, goal.flops) if goal.flops else {}
     pooled_scores = scores_of(channels, scores, goal.coupled, goal.normalise, less)
     shrinking = Shrinking(channels, pooled_scores, goal.round_to)
-    layers = [path for path in scores if removable(channels, path)]
-    if goal.budget is not None:
-        uniform = partial(_uniform, shrinking, layers) if goal.scope == "layer" else None
-        holds = _holds(model, task, start, goal.budget, way, shrinking)
-        return shrinking, shrinking.until(holds, candidates=uniform, told=goal.budget)
+    return shrinking, {path: ratios[path] for path in scores if removable(channels, path)}
 
-    def missing(chosen: Sequence[str], ratio: float) -> float:
-        asked = goal.start + (ratio - goal.start) * way
-        return max(0.0, 1 - (1 - asked) * start.count(chosen) / max(1, count_of(channels, chosen)))
 
-    if goal.scope == "layer" or isinstance(goal.prune_ratio, Mapping):
-        return shrinking, shrinking.by_layer({path: missing([path], ratios[path]) for path in layers})
-    return shrinking, shrinking.doomed(missing(layers, next(iter(ratios.values()))))
+def _plan(model: nn.Module, task: Task, start: _Start, goal: _Goal, allocate: Allocate) -> dict[str, float]:
+    """The fraction of every layer with which the whole reaches the goal, by what each costs alone."""
+    shrinking, ratios = _scored(model, task, goal)
+    channels, layers = shrinking.channels, list(ratios)
+    ratio = next(iter(ratios.values()))
+    wanted = int(ratio * count_of(channels, layers) + 1e-9)
+    quantities: list[Any] = ["units"] if goal.budget is None else [one.quantity for one in parse(goal.budget)]
+    measured = scan_channels(model, task, shrinking, layers)
+    curves = measured.curves(quantities[0] if quantities[0] in ("units", "params") else "macs")
+    holds = _holds(model, task, start, goal.budget, 1.0, shrinking) if goal.budget else lambda gone: len(gone) >= wanted
+    told = goal.budget or f"prune_ratio={ratio:g}"
+    gone = shrinking.until(holds, candidates=lambda share: shrinking.by_layer(allocate(curves, share)), told=told)
+    chosen = {path: float(torch.isin(channels.outputs[path], gone).double().mean()) for path in curves}
+    show("sensitivity", measured.told(chosen))
+    return chosen
 
 
 def _uniform(shrinking: Shrinking, layers: Sequence[str], ratio: float) -> Tensor:

@@ -9,14 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
 class Ledger:
-    """The remarks of one stage: `skipped` maps a layer's path to the reason it was left alone."""
+    """The remarks of one stage.
+
+    `skipped` maps a layer's path to the reason it was left alone, `tables` hold what a method measured, JSON-able.
+    """
 
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    tables: dict[str, Any] = field(default_factory=dict)
 
 
 _open: ContextVar[Ledger | None] = ContextVar("ledger", default=None)
@@ -43,3 +48,9 @@ def note(text: str) -> None:
     """Says something about the stage as a whole; said once however often it is noted."""
     if (ledger := _open.get()) is not None and text not in ledger.notes:
         ledger.notes.append(text)
+
+
+def show(name: str, table: Any) -> None:
+    """Gives the report of the stage something that a method measured on its way, JSON-able, under a name."""
+    if (ledger := _open.get()) is not None:
+        ledger.tables[name] = table

@@ -13,6 +13,7 @@ LEFT, RIGHT, TOP, BOTTOM = 24, 24, 26, 26
 LABELS = 7  # points up to which each is labelled; beyond it, the first and the last
 LOG_FROM = 8  # a chart whose values span more than this is drawn on a logarithmic scale
 HIST_WIDTH, HIST_HALF = 200, 34
+CURVE_HEIGHT = 60
 
 
 @dataclass(frozen=True)
@@ -142,3 +143,44 @@ def _outline(source: Source, path: str, direction: int) -> str:
         top = HIST_HALF + direction * (HIST_HALF - 1) * max(count, 0.0) / tallest
         parts.append(f"V{top:.1f}H{(index + 1) * wide:.4g}")
     return "".join(parts) + f"V{HIST_HALF}Z"
+
+
+# --- sensitivity ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One layer pruned alone: the metric over the ratio as an SVG path, and where the ratio lies that was chosen."""
+
+    name: str
+    line: str
+    chosen_x: float | None
+    chosen: Figure
+    most: Figure  # the largest ratio that was tried
+    worst: Figure  # the metric there
+
+
+def curves(source: Source, table: str) -> list[Curve]:
+    """Every layer of a table of sensitivities, all on one scale of the metric."""
+    points = {row: source.rows(f"{row}.points") for row in source.rows(f"{table}.layers")}
+    found = [source.number(f"{point}.metric") for row in points.values() for point in row]
+    values = [v for v in (source.number(f"{table}.metric"), *found) if v is not None]
+    if not values:
+        return []
+    low, high = min(values), max(values)
+
+    def place(ratio: float, metric: float) -> str:
+        part = (metric - low) / (high - low) if high > low else 0.5
+        return f"{HIST_WIDTH * min(max(ratio, 0.0), 1.0):.1f} {CURVE_HEIGHT - 3 - part * (CURVE_HEIGHT - 6):.1f}"
+
+    drawn = []
+    for row, held in points.items():
+        pairs = [(0.0, source.number(f"{table}.metric"))]
+        pairs += [(source.number(f"{one}.ratio") or 0.0, source.number(f"{one}.metric")) for one in held]
+        line = "L".join(place(ratio, metric) for ratio, metric in pairs if metric is not None)
+        last = held[-1] if held else row
+        chosen = source.figure(f"{row}.chosen", "share")
+        x = None if chosen.value is None else round(HIST_WIDTH * min(max(chosen.value, 0.0), 1.0), 1)
+        most, worst = source.figure(f"{last}.ratio", "share"), source.figure(f"{last}.metric", "metric")
+        drawn.append(Curve(source.text(f"{row}.path"), f"M{line}", x, chosen, most, worst))
+    return drawn

@@ -63,6 +63,7 @@ def _run(source: Source) -> dict[str, Any]:
         "columns": layers.COLUMNS,
         "gone": layers.gone(source),
         "histograms": layers.weights(source),
+        "scans": layers.scans(source),
         "reasons": layers.reasons(source),
         "profile": facts.profile(source),
         "sensitivity": (source.text("sensitivity.how"), source.text("sensitivity.why")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from featherweight.report.drawing import Histogram, histogram
+from featherweight.report.drawing import Curve, Histogram, curves, histogram
 from featherweight.report.source import Figure, Source
 
 OWN = "(the network's own)"  # what a network computes outside of its layers has the path ""
@@ -132,6 +132,30 @@ def weights(source: Source) -> list[Histogram]:
     rows += [(f"{p}.histogram", f"{p}.none", p) for p in source.rows("layers_gone")]
     drawn = [histogram(source, source.text(f"{path}.path"), before, after) for before, after, path in rows]
     return [one for one in drawn if one is not None]
+
+
+# --- sensitivity ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a step measured of every layer alone before it chose their ratios."""
+
+    step: int
+    method: str
+    metric: Figure
+    curves: tuple[Curve, ...]
+
+
+def scans(source: Source) -> list[Scan]:
+    """Of the steps that measured it."""
+    found = []
+    for index, path in enumerate(source.rows("stages")):
+        table = f"{path}.tables.sensitivity"
+        if drawn := curves(source, table):
+            metric = source.figure(f"{table}.metric", "metric")
+            found.append(Scan(index + 1, source.text(f"{path}.method"), metric, tuple(drawn)))
+    return found
 
 
 # --- why left alone ---------------------------------------------------------------------------------------------------
