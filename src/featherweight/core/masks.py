@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from featherweight.core.forms import Mask, attach, forms_of, has_forms, originals
 from featherweight.core.ledger import note
@@ -19,7 +19,7 @@ from featherweight.core.site import Site
 from featherweight.errors import BadData
 
 
-def learn_behind(model: torch.nn.Module, found: Mapping[str, Site]) -> None:
+def learn_behind(model: nn.Module, found: Mapping[str, Site]) -> None:
     """Masks the sites such that hidden weights get the gradient at the masked point; what was masked stays so."""
     for site in found.values():
         attach(site.module, Mask(site.keep.to(site.weight.device), grad="dense"), at=site.name, root=model)
@@ -36,20 +36,27 @@ def hidden(site: Site) -> Tensor:
     return value[0].detach()
 
 
-def write(site: Site, values: Tensor) -> bool:
-    """Puts values, of the weight's shape, behind the mask; False, and nothing done, if another form holds the weight.
+def free(site: Site) -> nn.Parameter | None:
+    """The parameter behind the mask, of the weight's shape; None if another form holds the weight.
 
     Of a codebook or a grid it is not the weights that are free.
     """
     if any(not isinstance(form, Mask) for form in forms_of(site.module, site.name)):
+        return None
+    held = has_forms(site.module, site.name)
+    return originals(site.module, site.name)[0] if held else getattr(site.module, site.name)
+
+
+def write(site: Site, values: Tensor) -> bool:
+    """Puts values, of the weight's shape, behind the mask; False, and nothing done, if another form holds it."""
+    if (held := free(site)) is None:
         return False
-    free = originals(site.module, site.name)[0] if has_forms(site.module, site.name) else site.weight
     with torch.no_grad():
-        free.copy_(values)
+        held.copy_(values)
     return True
 
 
-def settle(model: torch.nn.Module, found: Mapping[str, Site]) -> None:
+def settle(model: nn.Module, found: Mapping[str, Site]) -> None:
     """Leaves plain masks on the sites, with zeros behind them: pruned weights are gone, and learn no more."""
     for site in found.values():
         keep = site.keep.to(site.weight.device)
@@ -57,7 +64,7 @@ def settle(model: torch.nn.Module, found: Mapping[str, Site]) -> None:
         write(site, torch.where(keep, hidden(site), 0.0))
 
 
-def set_masks(model: torch.nn.Module, found: Mapping[str, Site], keep: Mapping[str, Tensor]) -> None:
+def set_masks(model: nn.Module, found: Mapping[str, Site], keep: Mapping[str, Tensor]) -> None:
     """Masks every site where its `keep`, of the weight's shape, is False."""
     for path, site in found.items():
         site.set_mask(model, keep[path])

@@ -128,6 +128,10 @@ class Study:
         with self.seen(gate, list(gates)) if gates else nullcontext():
             yield
 
+    def activated(self, path: str, value: Tensor) -> Tensor:
+        """What the nonlinearity behind a layer makes of its output as `seen` shows it; itself, if there is none."""
+        return self.once(_ends)[path].activated(value)
+
     def activations(self, see: See) -> dict[str, Tensor]:
         """What `see` keeps of every layer's activation (behind its batch norm and nonlinearity), row by row.
 
