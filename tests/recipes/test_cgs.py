@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import small_mlp, small_task
+from conftest import small_cnn, small_mlp, small_task
 from featherweight.catalogue import entry
 from featherweight.core.forms import Mask, attach, bake, mask_of
 from featherweight.core.ledger import recording
@@ -76,6 +76,13 @@ def test_training_leaves_the_mask_and_the_start_is_drawn_anew_unless_asked_other
         cgs(model, small_task(), where="3", block=2, epochs=2, reinitialise=False)
         assert torch.equal(mask_of(model[1]), keep)
         assert not bake(model)[1].weight[~keep].any()
+
+
+def test_linear_layers_alone_unless_convolutions_are_asked_for():
+    model = cgs(small_cnn(), small_task(), block=4, epochs=0)
+    assert [mask_of(model[i]) is None for i in (0, 3, 8)] == [True, True, False]
+    model = cgs(small_cnn(), small_task(), block=4, epochs=0, where="3")
+    assert tiles(mask_of(model[3]).flatten(1), 4).sum(1).tolist() == [4] * 4  # of 18 columns: 72 / 4
 
 
 def test_layers_too_small_for_their_blocks():

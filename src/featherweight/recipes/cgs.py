@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +14,9 @@ from featherweight.core.ledger import note, skip
 from featherweight.core.masks import settle, told
 from featherweight.core.restart import reinitialise as drawn_anew
 from featherweight.core.site import Site, sites
-from featherweight.core.surgery import Layers, Where
+from featherweight.core.surgery import WhereLinearOrConv2d
 from featherweight.core.task import Task
 from featherweight.errors import BadOption
-
-WhereLinear = Annotated[Where, Layers((nn.Linear,))]
 
 
 @recipe(
@@ -27,7 +24,7 @@ WhereLinear = Annotated[Where, Layers((nn.Linear,))]
     family="prune",
     needs={"labels", "train"},
     shrinks={"weights"},
-    small={"block": 2, "epochs": 2},
+    small={"where": None, "block": 2, "epochs": 2},
 )
 def cgs(
     model: nn.Module,
@@ -39,7 +36,7 @@ def cgs(
     epochs: Amount = 20,
     lr: Positive = 0.05,
     optimizer: Optimizers = "sgd",
-    where: WhereLinear = None,
+    where: WhereLinearOrConv2d = "Linear",
 ) -> nn.Module:
     """Masks random blocks of the weight matrices at initialisation, equally many in a row of blocks, then trains.
 
@@ -52,10 +49,10 @@ def cgs(
     Since what is compressed usually comes trained, its weights are drawn anew first; with `reinitialise=False` those
     that come are trained on.
 
-    Departs from the paper: blocks are drawn such that all columns of blocks are kept equally often, as far as numbers
-    go, so that no input is left that nothing reads; 5- and 6-bit weights are another method's business; that each row
-    of blocks keeps equally many is from memory of the paper, not checked against its text. What an earlier method
-    masked stays masked.
+    Departs from the paper: convolutions may be chosen too; blocks are drawn such that all columns of blocks are kept
+    equally often, as far as numbers go, so that no input is left that nothing reads; 5- and 6-bit weights are another
+    method's business; that each row of blocks keeps equally many is from memory of the paper, not checked against its
+    text. What an earlier method masked stays masked.
 
     Args:
         sparsity: fraction of the blocks left out in every row of blocks; at least one of them stays.
@@ -64,19 +61,21 @@ def cgs(
         epochs: training with the mask.
         lr: learning rate of the training.
         optimizer: "sgd" (default), "adam" or "adamw".
-        where: which linear layers; all of them when left out.
+        where: which linear and 2d convolution layers; the linear ones when left out. The matrix of a convolution is
+            (outputs, inputs times kernel).
 
     Raises:
         BadOption: every layer is too small for its blocks.
     """
-    found = coarse(sites(model, where, (nn.Linear,)), sparsity, block)
+    found = coarse(sites(model, where, (nn.Linear, nn.Conv2d)), sparsity, block)
     allowed = {path: site.keep for path, site in found.items()}
     if reinitialise:
         drawn_anew(model)
     for path, site in found.items():
-        rows, columns = (-(-size // block) for size in site.weight.shape)
+        rows, columns = (-(-size // block) for size in site.weight.flatten(1).shape)
         chosen = draw(rows, columns, kept(columns, sparsity))
-        site.set_mask(model, spread(chosen, block, site.weight.shape) & allowed[path])
+        keep = spread(chosen, block, site.weight.flatten(1).shape).view(site.weight.shape)
+        site.set_mask(model, keep & allowed[path])
         unread = int((~chosen.any(0)).sum())
         note(f"{path}: {int(chosen.sum())} of {rows * columns} blocks kept, {kept(columns, sparsity)} in each row"
              + (f"; {unread} columns of blocks are read by nothing" if unread else ""))  # fmt: skip
@@ -102,7 +101,7 @@ def coarse(found: dict[str, Site], sparsity: float, block: int) -> dict[str, Sit
     """
     able = {}
     for path, site in found.items():
-        columns = -(-site.weight.shape[1] // block)
+        columns = -(-site.weight.flatten(1).shape[1] // block)
         if kept(columns, sparsity) == columns:
             skip(path, f"{columns} blocks of {block} in a row: none can be left out")
         else:

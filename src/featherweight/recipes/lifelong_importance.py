@@ -55,8 +55,8 @@ def lifelong_importance(
     (Rahaf Aljundi et al., "Memory Aware Synapses", ECCV 2018): `E |d ||f(x)||^2 / dw|` times `|w|`; of these it alone
     scores without labels.
 
-    Departs from the papers: none of them prunes; the score is each one's penalty for setting the weight to zero (for
-    "mas", which weighs squared changes there, to first order in w). The paths of "si" are those of `epochs` of
+    Departs from the paper: none of the three prunes; the score is each one's penalty for setting the weight to zero
+    (for "mas", which weighs squared changes there, to first order in w). The paths of "si" are those of `epochs` of
     training that start from the weights that come, where the paper follows a task from its first step. A weight whose
     path raised the loss has a negative score.
 
