@@ -41,13 +41,15 @@ def branches(model: nn.Module, example_inputs: Any) -> list[Branch]:
     leaves = {path: m for path, m in single.items() if not isinstance(m, nn.Identity)}  # which make no tensor
     flow = follow(model, example_inputs, leaves)
     calls = [visit.path for visit in flow.visits]
-    found = []
-    for visit in flow.visits:
+    found, sums = [], set()
+    for visit in flow.visits:  # inner modules before those around them
         if not visit.path or visit.path in single or calls.count(visit.path) > 1:
             continue
         steps = flow.steps[visit.first : visit.last]
-        if sum(step.name == "add" for step in steps) != 1:
+        adds = [step for step in steps if step.name == "add"]
+        if len(adds) != 1 or adds[0] in sums:
             continue
+        sums.add(adds[0])
         branch = _branch(model, visit, steps)
         if isinstance(branch, str):
             skip(visit.path, f"its residual branch stays: {branch}")

@@ -202,7 +202,7 @@ def _place_channels(
     for part in makers(model, channels).parts:
         ids, reads = part.index.flatten(), channels.inputs.get(part.path, torch.empty(0, dtype=torch.long))
         at = norms.get(part.path, part.path)
-        if torch.isin(ids[ids >= 0], reads).any():  # depthwise: the factor of its input is enough
+        if (ids < 0).all() or torch.isin(ids[ids >= 0], reads).any():  # depthwise: the factor of its input is enough
             continue
         if not any(True for _ in model.get_submodule(at).named_parameters(recurse=False)):
             own[ids] = False
