@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from featherweight.allowed import Amount, Fraction, Positive, Share
 from featherweight.catalogue import recipe
@@ -83,25 +84,27 @@ def sparse_vd(
         def step(network: nn.Module, batch: Batch, progress: float) -> dict[str, Tensor]:
             output, target = run(network, task, batch)
             beta = penalty * min(1.0, progress / warmup) if warmup else penalty
-            total = torch.stack([dropout_kl(a).sum() for a in log_alphas(found, log_variances).values()]).sum()
+            each = {path: dropout_kl(log_alpha(site, log_variances[path])) for path, site in found.items()}
+            total = torch.stack([alive(found[path], kl).sum() for path, kl in each.items()]).sum()
             return {"loss": task.loss(output, target), "divergence": beta / count * total}
 
         separate = apart(optimizer, log_variances.values(), noise_lr or lr)
         task.fit(model, task, epochs=epochs, lr=lr, optimizer=separate, decay="linear", step=step, label="noise")
-        noise = {path: whole(found[path], a) for path, a in log_alphas(found, log_variances).items()}
+        noise = {path: log_alpha(site, log_variances[path]).detach().cpu() for path, site in found.items()}
 
     mask_noisiest(model, found, noise, threshold, sparsity)
     settle_norms(model, task)
     return task.fit(model, task, epochs=finetune, lr=lr, optimizer=optimizer, label="fine-tune")
 
 
-def log_alphas(found: Mapping[str, Site], log_variances: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`log sigma^2 - log theta^2`, with gradients, of the weights that no mask removed, one vector per layer."""
-    kept = {path: site.keep.to(site.weight.device) for path, site in found.items()}
-    return {
-        path: (log_variances[path] - (getattr(site.module, site.name).square() + 1e-16).log())[kept[path]]
-        for path, site in found.items()
-    }
+def log_alpha(site: Site, log_variance: Tensor) -> Tensor:
+    """`log sigma^2 - log theta^2`, of the weight's shape."""
+    return log_variance - (getattr(site.module, site.name).square() + 1e-16).log()
+
+
+def alive(site: Site, values: Tensor) -> Tensor:
+    """Values of weights, zero where a mask removed the weight."""
+    return values if site.mask is None else values * site.mask.keep
 
 
 def dropout_kl(log_alpha: Tensor) -> Tensor:
@@ -114,14 +117,7 @@ def dropout_kl(log_alpha: Tensor) -> Tensor:
     """
     k1, k2, k3 = 0.63576, 1.87320, 1.48695
     clipped = log_alpha.clamp(-8, 8)
-    return k1 - k1 * torch.sigmoid(k2 + k3 * clipped) + 0.5 * torch.log1p(torch.exp(-clipped))
-
-
-def whole(site: Site, values: Tensor) -> Tensor:
-    """Values of the weights that no mask removed, in the weight's shape; infinite where one did."""
-    full = torch.full(site.keep.shape, torch.inf)
-    full[site.keep] = values.detach().cpu().float()
-    return full
+    return k1 - k1 * torch.sigmoid(k2 + k3 * clipped) + 0.5 * functional.softplus(-clipped)
 
 
 def mask_noisiest(
@@ -132,14 +128,14 @@ def mask_noisiest(
     Raises:
         CompressionError: nothing was above the threshold.
     """
-    scores = {path: -values for path, values in noise.items()}
+    scores = {path: torch.where(site.keep, -noise[path], -torch.inf) for path, site in found.items()}
     for path, score in scores.items():
         if sparsity is None and score.max() < -threshold:
             note(f"{path}: all weights are above the threshold, the one that bears least noise is kept")
         score.view(-1)[score.argmax()] = torch.inf  # no layer is emptied
     if sparsity is not None:
         gone = lowest(scores, sparsity)
-        above = [noise[path][marked & noise[path].isfinite()] for path, marked in gone.items()]
+        above = [noise[path][marked & found[path].keep] for path, marked in gone.items()]
         least = min((float(values.min()) for values in above if len(values)), default=threshold)
         note(f"the threshold of log alpha is {least:.2f} for sparsity={sparsity:g}")
     else:
