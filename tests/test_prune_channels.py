@@ -264,3 +264,11 @@ def test_a_score_of_outputs_masks_whole_rows():
 def test_grains_that_are_none(grain):
     with pytest.raises(BadOption, match="grain"):
         prune(small_mlp(), small_task(), grain=grain)
+
+
+def test_the_verb_runs_by_its_name_with_any_ingredients(tmp_path):
+    options = {"score": "filter_norm", "grain": "filter", "prune_ratio": 0.5, "finetune": 1, "epochs": 0, "round_to": 1}
+    result = fw.compress(small_cnn(), small_task(), "prune", out=tmp_path, **options)
+    assert result.report["result"]["macs"] < result.report["original"]["macs"]
+    with pytest.raises(fw.FeatherweightError, match="unknown option of prune 'grains'"):
+        fw.compress(small_cnn(), small_task(), "prune", grains="filter")

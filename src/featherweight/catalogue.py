@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that listing names is cheap; `entries()` impo
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -254,7 +255,13 @@ def _discovered() -> tuple[dict[str, Entry], dict[str, dict[str, Callable[..., A
                     entries[name] = value.__entry__
                 if hasattr(value, "__ingredient__"):
                     ingredients.setdefault(value.__ingredient__[0], {})[name] = value
+    entries |= {verb: _verb_entry(verb) for verb in VERBS if importlib.util.find_spec(f"featherweight.{verb}")}
     return dict(sorted(entries.items())), ingredients
+
+
+def _verb_entry(verb: str) -> Entry:
+    """A verb as it is: what runs it chooses all of its ingredients, as no paper did."""
+    return Entry(verb, verb, "", verb_function(verb), kind="verb")
 
 
 def _modules() -> list[Any]:
@@ -281,7 +288,7 @@ def entry(name: str, kind: str | None = None) -> Entry:
     Raises:
         UnknownName: there is no such id.
     """
-    known = entries(kind)
+    known = entries(kind) | (entries("verb") if kind == "method" else {})
     by_alias = {alias: e for e in known.values() for alias in e.aliases}
     if name in known:
         return known[name]

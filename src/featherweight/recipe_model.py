@@ -152,7 +152,7 @@ def schema() -> dict[str, Any]:
 
     found = _untitled(Recipe.model_json_schema())
     del found["$defs"]
-    entries = catalogue.entries("method").values()
+    entries = [*catalogue.entries("method").values(), *catalogue.entries("verb").values()]
     names = [name for entry in entries for name in (entry.id, *entry.aliases)]
     steps: list[dict[str, Any]] = [{"enum": names, "description": "a method with its defaults"}]
     steps += [_method(entry) for entry in entries]
