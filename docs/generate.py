@@ -19,7 +19,7 @@ RESULTS = HERE.parent / "benchmarks" / "results"
 def table(head: list[str], rows: list[list[Any]]) -> list[str]:
     """A table in Markdown."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return lines + ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
 
 
 def told_of(option: Option) -> str:
@@ -103,7 +103,39 @@ def results() -> str:
     return "\n".join(lines) + "\n"
 
 
+def pruning(page: str) -> str:
+    """The page about pruning with its table of ids as they are now."""
+    facts = json.loads((HERE / "pruning_facts.json").read_text())
+    rows = []
+    for entry in entries(family="prune").values():
+        if entry.kind != "verb":
+            needs, shrinks = (", ".join(sorted(found)) or "-" for found in (entry.needs, entry.shrinks))
+            rows.append([f"`{entry.id}`", *facts[entry.id], needs, shrinks, measured(entry.id), entry.doc])
+    text = "\n".join(table(["id", "grain", "when", "needs", "makes smaller", "measured", "what it does"], rows))
+    before, rest = page.split("<!-- table -->")
+    return f"{before}<!-- table -->\n{text}\n<!-- /table -->" + rest.split("<!-- /table -->")[1]
+
+
+def measured(name: str) -> str:
+    """What experiments that start with this method came to."""
+    told_of_all = []
+    for path in sorted(RESULTS.glob("*.json")):
+        one = json.loads(path.read_text())
+        if "asked" in one and one["asked"]["chain"][0][0] == name:
+            s = one["summary"]
+            kept = sum(row["nonzeros_left"] for row in one["rows"]) / len(one["rows"])
+            macs = s["macs_left"]["mean"]
+            left = f"{macs:.0%} of the MACs" if macs < 1 else f"{kept:.1%} of the weights"
+            before, after = (f"{100 * s[key]['mean']:.2f}" for key in ("original", "result"))
+            seeds = s["result"]["n"]
+            told_of_all.append(
+                f"{one['asked']['net']}: {before} -> {after} % with {left} ({seeds} seed{'s' * (seeds > 1)})"
+            )
+    return "; ".join(told_of_all) or "-"
+
+
 if __name__ == "__main__":
+    (HERE / "pruning.md").write_text(pruning((HERE / "pruning.md").read_text()))
     (HERE / "methods.md").write_text(methods())
     (HERE / "results.md").write_text(results())
     (HERE / "recipes.md").write_text(recipes((HERE / "recipes.md").read_text()))
