@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.core.capture import observe
-from featherweight.core.channels import Channels
+from featherweight.core.channels import Channels, remove_channels
 from featherweight.core.fold import norms_behind
 from featherweight.core.ledger import note, skip
 from featherweight.core.surgery import WEIGHTED, altered
 from featherweight.core.task import Task
 
 
-def absorb_constants(model: nn.Module, task: Task, channels: Channels, doomed: Tensor, *, batches: int = 8) -> None:
-    """Adds to every layer what it reads from doomed channels, in place: to its bias, or to the mean of its batch norm.
+def remove_constants(model: nn.Module, task: Task, channels: Channels, doomed: Tensor, *, batches: int = 8) -> None:
+    """Removes channels, in place, and adds what layers read from them to their biases, or to their batch norms' means.
 
     The channels' values are their means over calibration batches, so they need not be constant; if they are, then
     removing them changes nothing, except that a convolution pads with zeros in place of the constant. The model holds
@@ -30,30 +30,39 @@ def absorb_constants(model: nn.Module, task: Task, channels: Channels, doomed: T
 
     Args:
         channels: of this model as it is.
-        doomed: numbers of the channels that will be removed.
+        doomed: numbers of the channels, the most expendable first.
         batches: calibration batches that are looked at.
 
     Raises:
         MissingNeed: the task has neither calibration nor training data.
+        CompressionError: the smaller model does not compute what masking does; the model is as it was.
     """
     gone = torch.zeros(channels.count + 1, dtype=torch.bool)  # the last is for -1
-    gone[doomed] = True
+    gone[channels.legal(doomed)] = True
+    norms, shifts = norms_behind(model, task.inputs()), {}
+    for path, (mean, deviation) in _input_means(model, task, _reading(model, channels, gone), batches).items():
+        lost, layer = gone[channels.inputs[path]].to(mean.device), model.get_submodule(path)
+        outputs = channels.outputs.get(path)
+        left = slice(None) if outputs is None else ~gone[outputs].to(mean.device)
+        shifts[path] = _read(layer, torch.where(lost, mean, 0.0))[left]
+        if (_read(layer, torch.where(lost, deviation, 0.0)).abs() > 1e-3 * (1 + mean.abs().max())).any():
+            note(f"{path}: removed channels that it reads are no constants: their means stay, what varies is lost")
+    remove_channels(model, doomed, channels=channels)
+    for path, shift in shifts.items():
+        _shift(model, path, shift, norms)
+
+
+def _reading(model: nn.Module, channels: Channels, gone: Tensor) -> list[str]:
+    """The layers that read channels that go, and stay; those that cannot be told what they lose are skipped."""
     paths = []
     for path, ids in channels.inputs.items():
         weighted = isinstance(model.get_submodule(path), WEIGHTED)
         if weighted and gone[ids].any() and not (path in channels.outputs and gone[channels.outputs[path]].all()):
-            reason = _refusal(model.get_submodule(path))
-            if reason:
+            if reason := _refusal(model.get_submodule(path)):
                 skip(path, f"what it reads from removed channels is lost: {reason}")
             else:
                 paths.append(path)
-    norms = norms_behind(model, task.inputs())
-    for path, (mean, deviation) in _input_means(model, task, paths, batches).items():
-        lost = gone[channels.inputs[path]].to(mean.device)
-        layer = model.get_submodule(path)
-        _shift(model, path, _read(layer, torch.where(lost, mean, 0.0)), norms)
-        if (_read(layer, torch.where(lost, deviation, 0.0)).abs() > 1e-3 * (1 + mean.abs().max())).any():
-            note(f"{path}: removed channels that it reads are no constants: their means stay, what varies is lost")
+    return paths
 
 
 def _refusal(layer: nn.Module) -> str:
@@ -96,6 +105,8 @@ def _read(layer: nn.Module, constants: Tensor) -> Tensor:
 @torch.no_grad()
 def _shift(model: nn.Module, path: str, by: Tensor, norms: Mapping[str, str]) -> None:
     layer: Any = model.get_submodule(path)
+    if not by.any():
+        return
     if layer.bias is None and path in norms:
         mean = model.get_submodule(norms[path]).running_mean
         assert isinstance(mean, Tensor)

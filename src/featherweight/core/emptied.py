@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from featherweight.core.channels import Channels, channel_groups, remove_channels
-from featherweight.core.constants import absorb_constants
+from featherweight.core.channels import Channels, channel_groups
+from featherweight.core.constants import remove_constants
 from featherweight.core.groups import makers, readers, wholes
 from featherweight.core.ledger import note
 from featherweight.core.residual import branches, remove_branches
@@ -45,8 +45,7 @@ def remove_dead(model: nn.Module, task: Task, channels: Channels, dead: Tensor, 
         if bool((ids >= 0).any()) and bool(torch.isin(ids, dead).all()):
             raise CompressionError(f"every channel of {path} became zero, the network is dead: lower the penalty")
     doomed = rounded(channels, dead, round_to)
-    absorb_constants(model, task, channels, doomed)
-    remove_channels(model, doomed, channels=channels)
+    remove_constants(model, task, channels, doomed)
     note(f"{len(doomed)} of {channels.count} channels removed, {len(dead)} were zero")
     return len(doomed)
 
