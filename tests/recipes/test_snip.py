@@ -77,6 +77,14 @@ def test_pruning_comes_before_training_on_weights_drawn_anew():
     assert not torch.equal(kept(given)["1"], kept(other)["1"])
 
 
+def test_initial_weights_of_the_variance_of_the_paper():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2000), nn.ReLU(), nn.Linear(2000, 4))
+    snip(model, small_task(), sparsity=0.0, epochs=0, initial="variance_scaling")
+    for weight in (bake(model)[1].weight.detach(), model[3].weight.detach()):
+        assert float(weight.std()) == pytest.approx(weight.shape[1] ** -0.5, rel=0.02)
+        assert float(weight.abs().max()) < 2.3 * weight.shape[1] ** -0.5
+
+
 def test_masks_hold_through_training():
     model = snip(small_cnn(), small_task(), sparsity=0.7, epochs=3)
     before = kept(model)

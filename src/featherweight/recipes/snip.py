@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
 
 from featherweight.allowed import Amount, Count, Fraction, Positive
@@ -9,7 +11,7 @@ from featherweight.catalogue import recipe
 from featherweight.core.curvature import mean_gradients
 from featherweight.core.fit import Optimizers
 from featherweight.core.ledger import note
-from featherweight.core.masks import largest, masks, set_masks, settle, told
+from featherweight.core.masks import free, largest, masks, set_masks, settle, told
 from featherweight.core.restart import reinitialise as drawn_anew
 from featherweight.core.site import Site, sites
 from featherweight.core.surgery import WhereWeighted
@@ -30,6 +32,7 @@ def snip(
     *,
     sparsity: Fraction = 0.9,
     reinitialise: bool = True,
+    initial: Literal["own", "variance_scaling"] = "own",
     samples: Count = 128,
     epochs: Amount = 20,
     lr: Positive = 0.1,
@@ -46,14 +49,16 @@ def snip(
     each module's own `reset_parameters`. With `reinitialise=False` the weights that come are scored, and trained on:
     for a network that was just initialised with care. Scoring trained weights is another method than the paper's.
 
-    Departs from the paper: weights alone are ranked, not biases; initial weights are the network's own (variance
-    scaling in the paper, of which PyTorch's uniform ones are a kind); every layer keeps a weight; 20 epochs with the
-    learning rate falling along a cosine, where the paper trains about 250 in steps. What an earlier method masked stays
-    masked.
+    Departs from the paper: weights alone are ranked, not biases; initial weights are the network's own unless asked
+    otherwise (PyTorch's are uniform, of a third of the variance); what is left is trained from the weights that were
+    scored, where the authors' code draws them once more; every layer keeps a weight; 20 epochs with Nesterov momentum
+    and the learning rate falling along a cosine. What an earlier method masked stays masked.
 
     Args:
         sparsity: fraction of the weights removed, of all chosen layers together.
         reinitialise: draw the initial weights anew before scoring.
+        initial: the weights that are drawn anew: the network's "own", or from a normal distribution that is cut at two
+            deviations, of the variance one over the number of inputs ("variance_scaling", the paper's).
         samples: how many are scored on, in whole batches, the first of the training data: 100 for MNIST and 128 for
             CIFAR in the paper.
         epochs: training with the mask.
@@ -69,12 +74,22 @@ def snip(
     allowed = masks(found)
     if reinitialise:
         drawn_anew(model)
+        if initial == "variance_scaling":
+            scale_variance(found)
     scores = sensitivity(model, task, found, batch_of(task, samples))
     keep = largest(scores, dict.fromkeys(found, sparsity), within=allowed, together=True)
     set_masks(model, found, keep)
     settle(model, found)
     note(told(found))
     return task.fit(model, task, epochs=epochs, lr=lr, optimizer=optimizer, label="train")
+
+
+def scale_variance(found: dict[str, Site]) -> None:
+    """Draws weights, in place, of the variance 1 / inputs, normally distributed and cut at two deviations."""
+    for site in found.values():
+        if (weight := free(site)) is not None:
+            deviation = site.rows.shape[1] ** -0.5 / 0.8796256610342398  # of a normal distribution before it is cut
+            nn.init.trunc_normal_(weight, std=deviation, a=-2 * deviation, b=2 * deviation)
 
 
 def sensitivity(model: nn.Module, task: Task, found: dict[str, Site], batches: list[Batch]) -> dict[str, Tensor]:
