@@ -121,3 +121,19 @@ def test_what_the_batches_lack_is_said():
     for asked in (bare.loss, bare.gates, bare.gradients):
         with pytest.raises(MissingNeed, match="loss needs labels"):
             asked()
+
+
+def test_layers_are_known_in_the_order_of_their_calls():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.first = nn.Linear(8, 2), nn.Linear(64, 8)
+
+        def forward(self, x):
+            return self.last(self.first(x.flatten(1)).relu())
+
+    study = Study(Backwards(), small_task(), ["last"], 1)
+    assert study.order() == ["first", "last"]
+    value = torch.tensor([-1.0, 2.0])
+    assert torch.equal(study.activated("first", value), value.relu())
+    assert torch.equal(study.activated("last", value), value)

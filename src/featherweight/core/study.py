@@ -103,6 +103,14 @@ class Study:
             raise BadData(f"the loss of the calibration batches is {mean}: check the data and the weights")
         return mean
 
+    def order(self) -> list[str]:
+        """The weighted layers in the order in which they are called first."""
+        return list(self.once(_ends))
+
+    def activated(self, path: str, value: Tensor) -> Tensor:
+        """What follows a layer's output behind its batch norm: its nonlinearity, if it feeds nothing else."""
+        return self.once(_ends)[path].activated(value)
+
     @contextmanager
     def seen(self, see: Callable[[str, Tensor], Tensor], paths: Sequence[str] | None = None) -> Iterator[None]:
         """A block in which the outputs of layers, behind their batch norms, are what `see(path, output)` makes of them.
@@ -202,7 +210,7 @@ def _channels(study: Study) -> Channels:
 
 
 def _ends(study: Study) -> dict[str, _End]:
-    """Follows each layer to its batch norm, if it feeds nothing else, and on to its nonlinearity."""
+    """Follows each layer to its batch norm, if it feeds nothing else, and on to its nonlinearity; in order of calls."""
     modules = dict(study.model.named_modules())
     layers = {p for p, m in modules.items() if p in study.paths or isinstance(m, WEIGHTED)}
     chosen = {p: m for p, m in modules.items() if p in layers or isinstance(m, NORMS)}
@@ -211,7 +219,8 @@ def _ends(study: Study) -> dict[str, _End]:
     for step in flow.steps:
         for tensor in step.reads:
             readers.setdefault(tensor, []).append(step)
-    ends = {path: _End(path, None) for path in layers}
+    called = [step.layer for step in flow.steps if step.layer in layers]
+    ends = {path: _End(path, None) for path in dict.fromkeys([*called, *sorted(layers)]) if path is not None}
     for step in flow.steps:
         if step.layer is not None and step.layer in ends:
             following = readers.get(step.makes[0], [])
