@@ -34,6 +34,7 @@ from featherweight.core.surgery import WEIGHTED, WhereWeighted
 from featherweight.core.task import Task
 from featherweight.core.trace import weight_tensors
 from featherweight.core.widths import (
+    NO_CHANNELS,
     Coupled,
     Normalise,
     Prices,
@@ -465,6 +466,8 @@ def _prune_channels(
     training = replace(training, optimizer=carried)
     chosen = per_layer(model, "prune_ratio", goal.prune_ratio, goal.where)[0]
     events = [(way, group) for group in start.groups(order, chosen) for way in ways]
+    if not events:
+        raise BadOption(NO_CHANNELS)
     gone = 0
     for turn, (way, group) in enumerate(events, 1):
         shrinking, doomed = _doomed(bake(model), training.task, start, goal, way, group)

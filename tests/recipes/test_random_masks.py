@@ -117,9 +117,9 @@ def test_an_error_to_minimise_is_minimised_and_training_recovers():
 
 
 def test_nothing_to_choose_among_is_said():
-    with pytest.raises(BadOption, match="no layer that was chosen has feature maps"):
+    with pytest.raises(BadOption, match="choose a method that masks weights"):
         masks(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), small_task(), **NOW)
-    with pytest.raises(BadOption, match="feature maps or kernels"):
+    with pytest.raises(BadOption, match="no layer that was chosen is a convolution"):
         masks(small_mlp(), small_task(), grain="kernel", **NOW)
     with pytest.raises(CompressionError, match="none of"):
         masks(small_cnn(), small_task(), prune_ratio=0.05, **NOW)

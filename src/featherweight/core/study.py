@@ -107,10 +107,6 @@ class Study:
         """The weighted layers in the order in which they are called first."""
         return list(self.once(_ends))
 
-    def activated(self, path: str, value: Tensor) -> Tensor:
-        """What follows a layer's output behind its batch norm: its nonlinearity, if it feeds nothing else."""
-        return self.once(_ends)[path].activated(value)
-
     @contextmanager
     def seen(self, see: Callable[[str, Tensor], Tensor], paths: Sequence[str] | None = None) -> Iterator[None]:
         """A block in which the outputs of layers, behind their batch norms, are what `see(path, output)` makes of them.

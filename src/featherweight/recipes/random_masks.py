@@ -23,10 +23,12 @@ from featherweight.core.site import Site, sites
 from featherweight.core.study import Study
 from featherweight.core.surgery import WhereWeighted
 from featherweight.core.task import Task, evaluate
-from featherweight.core.widths import check_some, rounded
+from featherweight.core.widths import NO_CHANNELS, check_some, rounded
 from featherweight.errors import BadOption
 
-NOTHING = "no layer that was chosen has feature maps or kernels to choose among: choose other layers or another method"
+NO_KERNELS = (
+    "no layer that was chosen is a convolution, which has kernels: choose others, or a method that masks weights"
+)
 
 
 @recipe(
@@ -97,7 +99,7 @@ def _remove_maps(
     study = Study(model, task, paths, batches, channels)
     groups = [group for group in channels.groups if not set(group.layers).isdisjoint(paths)]
     if not groups:
-        raise BadOption(NOTHING)
+        raise BadOption(NO_CHANNELS)
     doomed = torch.empty(0, dtype=torch.long)
     for group in groups:
         members = torch.tensor(group.channels)
@@ -118,7 +120,7 @@ def _mask_kernels(
     for path in found.keys() - convolutions.keys():
         skip(path, "a linear layer has no kernels")
     if not convolutions:
-        raise BadOption(NOTHING)
+        raise BadOption(NO_KERNELS)
     for site in convolutions.values():
         left = site.keep.flatten(2).any(2).flatten().nonzero().flatten()
         masks = subsets(len(left), min(int(sparsity * len(left) + 1e-9), len(left) - 1), trials)
