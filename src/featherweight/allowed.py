@@ -146,6 +146,8 @@ def told(found: Mapping[str, Any]) -> str:
     match found.get("type"):
         case "integer" | "number":
             return _number(found)
+        case "object" if found.get("additionalProperties") is True:
+            return "a mapping"
         case "object":
             return f"a mapping with {told(found.get('additionalProperties', {}))} for each layer pattern"
         case kind:
