@@ -80,9 +80,7 @@ def scratch_retrain(
     pruned = macs(reinitialise(model), task)
     factor = max(1.0, large / pruned) if budget == "B" else 1.0
     factor = factor if most is None else min(factor, max(1.0, most))
-    note(
-        f"Scratch-{budget}: {epochs:g} epochs times {factor:.3g}, {large:,} MACs were {pruned:,} before weights were new"
-    )
+    note(f"Scratch-{budget}: {epochs:g} epochs times {factor:.3g}, of {large:,} MACs {pruned:,} are left")
     return task.fit(model, task, epochs=epochs * factor, lr=lr, optimizer=optimizer, label=f"Scratch-{budget}")
 
 
