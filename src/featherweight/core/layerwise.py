@@ -21,7 +21,7 @@ from featherweight.core.fit import Optimizers
 from featherweight.core.forms import bake, mask_of, mask_zeros, masked_names
 from featherweight.core.labels import components
 from featherweight.core.ledger import note, skip
-from featherweight.core.reconstruct import Moments, augmented, layer_rows, put, refusal, solved
+from featherweight.core.reconstruct import Moments, augmented, layer_rows, no_matrix, put, refusal, solved
 from featherweight.core.task import Batch, Task, device_of, eval_mode, to_device
 from featherweight.core.widths import NO_CHANNELS, check_some, rounded
 from featherweight.errors import BadOption
@@ -42,15 +42,17 @@ class Stage:
     readers: dict[str, Tensor]
 
 
-def stages(model: nn.Module, channels: Channels, task: Task) -> list[Stage]:
+def stages(model: nn.Module, channels: Channels, task: Task, *, sums: bool = True) -> list[Stage]:
     """The groups of channels that least squares can work on, ordered by the first layer that reads each.
+
+    Without `sums` also those that layers read of which the sums would not fit into memory.
 
     A channel stays, and that is said, if no linear layer or convolution reads it, if one that does cannot be
     reconstructed (groups, weights that are shared, several calls), or if a norm takes its statistics over it.
     """
     order = called(model, task)
     columns = {path: _columns(model, path, ids) for path, ids in channels.inputs.items()}
-    refused = _refused(model, channels, order)
+    refused = _refused(model, channels, order, sums)
     found = []
     for name, group in _groups(channels):
         for why in dict.fromkeys(refused[c] for c in group if c in refused):
@@ -105,7 +107,7 @@ def _columns(model: nn.Module, path: str, ids: Tensor) -> Tensor:
     return torch.cat([ids.repeat_interleave(max(1, each)), torch.tensor([-1])])
 
 
-def _refused(model: nn.Module, channels: Channels, order: list[str]) -> dict[int, str]:
+def _refused(model: nn.Module, channels: Channels, order: list[str], sums: bool) -> dict[int, str]:
     """The channels that stay, and why."""
     refused: dict[int, str] = {}
     modules = dict(model.named_modules())
@@ -113,7 +115,7 @@ def _refused(model: nn.Module, channels: Channels, order: list[str]) -> dict[int
     for path, ids in channels.inputs.items():
         if _passes(channels, path):
             continue
-        why = unfit(model, path, order) if path in modules else "a second weight of its layer"
+        why = unfit(model, path, order, sums=sums) if path in modules else "a second weight of its layer"
         read[ids] = True
         if why:
             refused |= dict.fromkeys(ids[ids >= 0].tolist(), f"its channels are read by {path}, {why}")
@@ -126,10 +128,10 @@ def _refused(model: nn.Module, channels: Channels, order: list[str]) -> dict[int
     return dict.fromkeys(unread, "no linear layer or convolution reads its channels") | refused
 
 
-def unfit(model: nn.Module, path: str, order: list[str]) -> str:
+def unfit(model: nn.Module, path: str, order: list[str], *, sums: bool = True) -> str:
     """Why a layer cannot be repaired by itself, given the layers that a forward pass calls; empty if it can."""
     layer = model.get_submodule(path)
-    if why := refusal(layer):
+    if why := refusal(layer) if sums else no_matrix(layer):
         return why
     if order.count(path) != 1:
         return f"a layer that is called {order.count(path)} times, not once"

@@ -32,17 +32,24 @@ CHUNK = 2**23
 
 def refusal(layer: nn.Module) -> str:
     """Why a layer cannot be reconstructed by least squares on its rows; empty if it can."""
-    if not isinstance(layer, Linear):
-        return f"a {type(layer).__name__}: least squares work on linear layers and convolutions"
-    if reason := altered(layer):
+    if reason := no_matrix(layer):
         return reason
-    if getattr(layer, "groups", 1) != 1:
-        return f"a convolution of {layer.groups} groups: least squares work on those of one"
+    assert isinstance(layer.weight, Tensor)
     outputs, columns = len(layer.weight), layer.weight[0].numel() + 1
     size = 8 * columns * (columns + outputs)
     if size > MEMORY:
         return f"the sums of its {columns - 1} inputs would take {size / 2**30:.1f} GiB, over {MEMORY / 2**30:g}"
     return ""
+
+
+def no_matrix(layer: nn.Module) -> str:
+    """Why a layer is no matrix between all of its inputs and all of its outputs; empty if it is one."""
+    if not isinstance(layer, Linear):
+        return f"a {type(layer).__name__}, neither a linear layer nor a convolution"
+    if reason := altered(layer):
+        return reason
+    groups = getattr(layer, "groups", 1)
+    return f"a convolution of {groups} groups, not of one" if groups != 1 else ""
 
 
 def layer_rows(

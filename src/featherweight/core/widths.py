@@ -48,6 +48,16 @@ def rounded(channels: Channels, doomed: Tensor, round_to: int) -> Tensor:
         doomed = doomed[~stay]
 
 
+def fewer(width: int, ratio: float, round_to: int) -> int:
+    """How many of a layer's channels stay when a fraction goes: at least one, rounded up as in `rounded`.
+
+    >>> fewer(8, 0.5, 1), fewer(64, 0.6, 16), fewer(4, 0.99, 1)
+    (4, 32, 1)
+    """
+    kept = max(1, width - int(ratio * width + 1e-9))
+    return min(width, -(-kept // round_to) * round_to) if width > round_to else kept
+
+
 def smallest(scores: Tensor, ratio: float) -> Tensor:
     """Numbers of the lowest finite scores, exactly `floor(ratio n)` of them, the lowest first.
 

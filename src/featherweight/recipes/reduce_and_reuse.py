@@ -32,6 +32,7 @@ from featherweight.core.select import lowest
 from featherweight.core.site import PerLayer, per_layer
 from featherweight.core.surgery import WhereWeighted, swap
 from featherweight.core.task import Task
+from featherweight.core.widths import fewer
 from featherweight.errors import CompressionError
 
 
@@ -110,12 +111,6 @@ def heads(model: nn.Module, task: Task, paths: list[str]) -> set[str]:
     """The layers whose outputs are outputs of the network."""
     flow = follow(model, task.inputs(), {path: model.get_submodule(path) for path in paths})
     return {step.layer for step in flow.steps if step.layer is not None and set(step.makes) & flow.outputs}
-
-
-def fewer(filters: int, ratio: float, round_to: int) -> int:
-    """How many filters stay: at least one, rounded up."""
-    kept = max(1, filters - int(ratio * filters + 1e-9))
-    return min(filters, -(-kept // round_to) * round_to) if filters > round_to else kept
 
 
 def no_gain(layer: Any, kept: int) -> str:
