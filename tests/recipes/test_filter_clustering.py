@@ -118,9 +118,7 @@ def test_training_draws_clusters_together_until_trimming_changes_nothing():
 def test_batch_norms_are_tied_too():
     task = small_task()
     model = fit(small_cnn(), task, epochs=3, lr=1e-2)
-    filter_clustering(
-        model, task, cluster="even", epsilon=25.0, momentum=0.0, epochs=8, lr=0.03, round_to=1, finetune=1
-    )
+    filter_clustering(model, task, epsilon=0.1, epochs=8, lr=0.03, round_to=1, finetune=0)
     assert (model[0].out_channels, model[1].num_features, model[3].out_channels) == (4, 4, 8)
     assert evaluate(model, task).value >= 0.9
 

@@ -11,7 +11,8 @@ same while the network trains, and trimming them loses nothing. Biases and batch
 
 Departs from the paper: of layers that a residual sum couples, the filters that make one channel are clustered together,
 where the paper lets all follow one layer; momentum applies to the whole step; what distance is left at the end is
-removed by taking the mean of each cluster, and said; kept filters are rounded up.
+removed by taking the mean of each cluster, and said, batch norms taking their statistics anew; kept filters are
+rounded up.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from featherweight.core.forms import bake, mask_zeros, masked_names
 from featherweight.core.layerwise import Stage
 from featherweight.core.ledger import note
 from featherweight.core.merging import Maker, makers, merge, mergeable
+from featherweight.core.norms import settle_norms
 from featherweight.core.task import Task
 from featherweight.core.trace import weight_tensors
 from featherweight.core.widths import NO_CHANNELS, check_some, fewer, rounded
@@ -216,6 +218,7 @@ def train(
     for plan in plans:
         for maker in plan.makers:
             maker.put(model, plan.means(maker.rows(model)))
+    settle_norms(model, task)  # running statistics are behind the filters
 
 
 @torch.no_grad()
