@@ -38,7 +38,9 @@ class Watched:
         decay = options.pop("decay", None)
         if decay is not None:
             options["decay"] = lambda progress: rates.append(decay(progress)) or rates[-1]
-        return fit(model, task, before_epoch=watched, **options)
+        fit(model, task, before_epoch=watched, **options)
+        run["end"] = {k: v.clone() for k, v in bake(copy.deepcopy(model)).state_dict().items()}
+        return model
 
 
 OPTIONS = {"sparsity": 0.75, "rate": 0.5, "lr": 0.05}
@@ -82,13 +84,14 @@ def test_survivors_that_are_kept_go_on_from_trained_weights():
 
 
 def test_the_smallest_of_what_was_trained_go():
-    watched, model = Watched(), small_mlp()
-    lottery(model, small_task(fit=watched), epochs=1, start="given", survivors="kept", **{**OPTIONS, "sparsity": 0.5})
-    start, after = watched.runs[0]["start"], watched.runs[1]["start"]
-    twin = small_mlp()
-    twin.load_state_dict(start)
-    assert int((after["1.weight"] == 0).sum()) == 1024
-    assert float(after["1.weight"][after["1.weight"] != 0].abs().min()) > 0
+    watched = Watched()
+    lottery(small_mlp(), small_task(fit=watched), epochs=2, start="given", **{**OPTIONS, "sparsity": 0.5, "lr": 0.2})
+    dense, ticket = watched.runs
+    gone, trained = ticket["start"]["1.weight"] == 0, dense["end"]["1.weight"].abs()
+    assert int(gone.sum()) == 1024
+    assert float(trained[gone].max()) <= float(trained[~gone].min())
+    at_first = dense["start"]["1.weight"].abs()
+    assert float(at_first[gone].max()) > float(at_first[~gone].min()), "which are not the smallest at the start"
 
 
 def test_given_weights_are_the_first_ones_and_trained_ones_are_drawn_anew():
@@ -97,6 +100,21 @@ def test_given_weights_are_the_first_ones_and_trained_ones_are_drawn_anew():
         before = model[1].weight.detach().clone()
         lottery(model, small_task(fit=watched), epochs=1, start=start, **OPTIONS)
         assert torch.equal(watched.runs[0]["start"]["1.weight"], before) == (start == "given")
+
+
+def test_the_control_is_the_tickets_own_mask_on_other_weights():
+    runs = {}
+    for survivors in ("rewound", "redrawn"):
+        torch.manual_seed(0)
+        watched = Watched()
+        lottery(small_mlp(), small_task(fit=watched), epochs=2, rewind=1, survivors=survivors, **OPTIONS)
+        runs[survivors] = watched.runs
+    ticket, control = runs["rewound"][-1], runs["redrawn"][-1]
+    for name in ("1.weight", "3.weight"):
+        kept = ticket["start"][name] != 0
+        assert torch.equal(kept, control["start"][name] != 0)
+        assert not torch.equal(ticket["start"][name], control["start"][name])
+    assert (len(ticket["seen"]), len(control["seen"])) == (1, 2), "training starts anew"
 
 
 def loss_after(seed: int, survivors: str) -> float:

@@ -58,8 +58,8 @@ def lottery(
     Jonathan Frankle, Michael Carbin, "The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks", ICLR
     2019: with `rewind=0`, survivors go back to theta_0. Alex Renda, Jonathan Frankle, Michael Carbin, "Comparing
     Rewinding and Fine-tuning in Neural Network Pruning", ICLR 2020: with `rewind=k`, weights and learning rate go back
-    to epoch k; with `survivors="kept"`, the learning rate alone does. The control of both, the same mask on weights
-    that are drawn at random again, is `survivors="redrawn"`.
+    to epoch k; with `survivors="kept"`, the learning rate alone does. The control of the first, the ticket's mask on
+    weights that are drawn at random again before the last training, is `survivors="redrawn"`.
 
     The theta_0 of a network that comes trained is not known. By default its weights are therefore drawn anew, from each
     module's own `reset_parameters`, and it is trained first; with `start="given"` what comes is theta_0, for a network
@@ -75,7 +75,7 @@ def lottery(
             the same fraction of what remains.
         scope: "layer" ranks every layer's weights apart, "global" together.
         survivors: what is left is "rewound" to epoch `rewind`, "kept" as trained (the learning rate is rewound alone),
-            or "redrawn" at random, which is the control.
+            or "redrawn" at random: rewound in every round but the last, which is the control.
         rewind: the epoch whose weights, and learning rate, are gone back to.
         start: "redrawn" draws initial weights anew and trains them; "given" takes those that come for the initial ones.
         epochs: of every training, in which the learning rate falls to zero.
@@ -108,12 +108,12 @@ def lottery(
         now = {path: 1 - (1 - goal) ** (turn / rounds) for path, goal in goals.items()}
         size = {path: hidden(site).abs() for path, site in found.items()}
         keep = largest(size, now, within=masks(found), together=scope == "global")
-        if survivors == "rewound":
+        if survivors != "kept":
             model.load_state_dict(early)
         set_masks(model, found, keep)
-        if survivors == "redrawn":
+        if control := survivors == "redrawn" and turn == rounds:  # the ticket's own mask, on other weights
             reinitialise(model)
-        done = 0.0 if survivors == "redrawn" else rewind / epochs
+        done = 0.0 if control else rewind / epochs
         task.fit(model, task, epochs=epochs * (1 - done), lr=lr, optimizer=optimizer, decay=late(done),
                  label=f"train the ticket {turn}/{rounds}")  # fmt: skip
     settle(model, found)
