@@ -43,6 +43,21 @@ class Convolved(nn.Module):
         return self.c(self.b(F.relu(self.a(x))).flatten(2)).mean(2)
 
 
+class Attending(nn.Module):
+    """torch's attention, which uses the weight of its last layer without a call; a layer called by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.out, self.unused = (
+            nn.MultiheadAttention(4, 2, batch_first=True),
+            nn.Linear(4, 3),
+            nn.Linear(4, 3),
+        )
+
+    def forward(self, x):
+        return self.out(input=self.attention(x, x, x)[0].mean(1))
+
+
 def by_sample(model, task, of, value):
     """The mean over samples of `of(gradient of value(sample))`, straight from autograd."""
     model = copy.deepcopy(model).eval()
@@ -52,7 +67,7 @@ def by_sample(model, task, of, value):
         for i in range(len(x)):
             for term in value(model(x[i : i + 1]), y[i : i + 1]):
                 weights = [site.module.weight for site in sites(model).values()]
-                grads = torch.autograd.grad(term, weights, retain_graph=True)
+                grads = torch.autograd.grad(term, weights, retain_graph=True, materialize_grads=True)
                 for path, grad in zip(total, grads, strict=True):
                     total[path] += of(grad.double())
             count += 1
@@ -64,7 +79,7 @@ def task_for(shape, classes=3, n=10, **options):
     return Task(train=Batches(x, y, 4), valid=Batches(x, y, 4), **options)
 
 
-CASES = [(small_cnn(3), (1, 8, 8)), (Shared(), (4, 6)), (Convolved(), (2, 4, 4))]
+CASES = [(small_cnn(3), (1, 8, 8)), (Shared(), (4, 6)), (Convolved(), (2, 4, 4)), (Attending(), (5, 4))]
 
 
 @pytest.mark.parametrize(("model", "shape"), CASES, ids=lambda v: type(v).__name__)

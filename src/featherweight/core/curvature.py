@@ -110,7 +110,8 @@ def moments(
     """The mean over samples of `of(gradient)`, summed over the vectors that `pull` yields, for each site's weight.
 
     Gradients are those of single samples, exact for every kind of layer: all uses of a weight are summed before `of`.
-    Where a layer sees several rows for a sample, the rows of a sample must follow each other.
+    Where a layer sees several rows for a sample, the rows of a sample must follow each other. A weight that code uses
+    without calling its layer (attention's output projection) takes a backward pass for each sample.
     """
     model = _probe(model, training=False)
     uses = {
@@ -129,6 +130,10 @@ def moments(
             grads = torch.autograd.grad(output, [put for *_, put in flat], vector, retain_graph=True, allow_unused=True)
             back = [(layer, seen, grad) for (layer, seen, _), grad in zip(flat, grads, strict=True) if grad is not None]
             for path, layers in uses.items():
+                if not all(calls[layer] for layer in layers):
+                    weight = getattr(layers[0], found[path].name)
+                    total[path] += _one_by_one(output, vector, weight, of)
+                    continue
                 rows = [(layer, seen, grad) for layer, seen, grad in back if layer in layers]
                 if rows:
                     total[path] += _summed(path, found[path].name, rows, len(output), of)
@@ -155,15 +160,15 @@ class _calls:  # noqa: N801 - used like a function: `with _calls(layers) as call
         self.seen: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
 
     def __enter__(self) -> dict[nn.Module, list[tuple[Tensor, Tensor]]]:
-        self.handles = [layer.register_forward_hook(self._see) for layer in self.seen]
+        self.handles = [layer.register_forward_hook(self._see, with_kwargs=True) for layer in self.seen]
         return self.seen
 
     def __exit__(self, *error: object) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def _see(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        self.seen[module].append((args[0].detach(), output))
+    def _see(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
+        self.seen[module].append(((args[0] if args else kwargs["input"]).detach(), output))
         return output.clone()
 
 
@@ -178,6 +183,16 @@ def _summed(
         part = slice(start, start + size)
         grads = [_gradients(layer, name, seen[part], grad[part]) for layer, seen, grad in shaped]
         total += of(torch.stack(grads).sum(0)).double().sum(0).cpu()
+    return total
+
+
+def _one_by_one(output: Tensor, vector: Tensor, weight: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+    """`of(gradient)` summed over samples by a backward pass for each: whatever the weight is used by, but slow."""
+    total = torch.zeros(weight.shape, dtype=torch.float64)
+    for one, back in zip(output, vector, strict=True):
+        (grad,) = torch.autograd.grad(one, weight, back, retain_graph=True, allow_unused=True)
+        if grad is not None:
+            total += of(grad).double().cpu()
     return total
 
 
