@@ -114,6 +114,13 @@ def test_an_earlier_mask_stands():
     assert not (mask_of(model[3]) & ~keep).any()
 
 
+def test_a_penalty_far_too_strong_empties_no_layer():
+    model = small_cnn()
+    gsl(model, small_task(), penalty=50.0, epochs=2, lr=0.05, finetune=1, **MACHINE)
+    assert int(mask_of(model[3]).sum()) == 1
+    assert int(bake(model)[3].weight.count_nonzero()) == 1
+
+
 def test_machines_and_penalties_that_bring_nothing_are_refused():
     with pytest.raises(BadOption, match="no layer gets faster"):
         gsl(small_cnn(), small_task(), flops=1e15)

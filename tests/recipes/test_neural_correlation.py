@@ -10,9 +10,10 @@ from conftest import Batches, small_cnn, small_mlp, small_task
 from featherweight.catalogue import entry
 from featherweight.core.fit import fit
 from featherweight.core.forms import Mask, attach, bake, mask_of
+from featherweight.core.ledger import recording
 from featherweight.core.site import sites
 from featherweight.core.task import Task
-from featherweight.errors import BadData
+from featherweight.errors import BadData, BadOption
 from featherweight.recipes.neural_correlation import correlations, select
 
 neural_correlation = entry("neural_correlation")
@@ -136,3 +137,40 @@ def test_activations_that_are_not_finite_are_refused():
     task.train.x[0] = torch.nan
     with pytest.raises(BadData, match="around 3 are not finite"):
         neural_correlation(model, task, epochs=0, finetune=0)
+
+
+class Backwards(nn.Module):
+    """Layers that are written down in another order than they are called, one by keyword; attention's last is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.attention = nn.Linear(8, 4), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.first = nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.first(input=x.flatten(1, 2)).relu()
+        return self.last((x + self.attention(x, x, x)[0]).mean(1))
+
+
+def test_the_order_is_that_of_calls_and_what_is_not_called_is_left_alone():
+    labels = []
+
+    def watched(model, task, **options):
+        labels.append(options["label"])
+        return model
+
+    model, task = Backwards(), small_task(fit=watched)
+    with recording() as ledger:
+        neural_correlation(model, task, sparsity=0.5, epochs=2, finetune=0)
+    assert labels[:2] == ["retrain 1/2: last", "retrain 2/2: first"]
+    assert ledger.skipped["attention.out_proj"] == "its weight is used without a call of the layer"
+    assert mask_of(model.attention.out_proj) is None
+    with pytest.raises(BadOption, match="without a call"):
+        neural_correlation(Backwards(), task, where="attention.out_proj")
+
+
+def test_inputs_of_several_sizes_are_refused():
+    torch.manual_seed(0)
+    data = [(torch.randn(4, 1, size, size), torch.zeros(4, dtype=torch.long)) for size in (8, 6)]
+    with pytest.raises(BadData, match="inputs of several sizes"):
+        neural_correlation(small_cnn(), Task(train=data, valid=data), where="0", epochs=0, finetune=0)

@@ -9,7 +9,28 @@ from torch import Tensor, nn
 
 from featherweight.core.progress import track
 from featherweight.core.surgery import taps
-from featherweight.core.task import Batch, Task, eval_mode, length, run
+from featherweight.core.task import Batch, Task, as_call, device_of, eval_mode, length, run, to_device
+
+UNCALLED = "its weight is used without a call of the layer"
+
+
+def called(model: nn.Module, example_inputs: Any) -> list[nn.Module]:
+    """The modules that a pass through the model in evaluation mode calls, in the order in which they first return.
+
+    With gradients, without which torch's attention takes another way.
+    """
+    seen: dict[nn.Module, None] = {}
+    handles = [m.register_forward_hook(lambda module, *_: seen.setdefault(module)) for m in model.modules()]
+    modes = {module: module.training for module in model.modules()}
+    args, kwargs = to_device(as_call(example_inputs), device_of(model))
+    try:
+        model.eval()(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    return list(seen)
 
 
 class _Reached(Exception):

@@ -7,7 +7,7 @@ arXiv:1506.02557). The layers stay what they are; a hook adds the noise, and is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from featherweight.core.capture import UNCALLED, called
 from featherweight.core.fit import MakeOptimizer, Optimizers, make_optimizer
 from featherweight.core.forms import mask_of, owners
 from featherweight.core.ledger import skip
 from featherweight.core.site import Site, sites
 from featherweight.core.surgery import WEIGHTED, Where, altered
-from featherweight.core.task import Batch, Task, device_of, length, to_device
+from featherweight.core.task import Batch, Task, length
 from featherweight.errors import BadData, BadOption, MissingNeed
 
 LOG_VARIANCE = "fw_log_variance"
@@ -37,8 +38,8 @@ def linear_sites(model: nn.Module, task: Task, where: Where = None) -> dict[str,
         BadOption: there is none.
     """
     found = sites(model, where)
-    called = _called(model, task)
-    refused = {path: reason for path, site in found.items() if (reason := _refusal(model, site, called))}
+    seen = called(model, task.inputs())
+    refused = {path: reason for path, site in found.items() if (reason := _refusal(model, site, seen))}
     for path, reason in refused.items():
         skip(path, reason)
     if refused.keys() == found.keys():
@@ -47,30 +48,14 @@ def linear_sites(model: nn.Module, task: Task, where: Where = None) -> dict[str,
     return {path: site for path, site in found.items() if path not in refused}
 
 
-def _called(model: nn.Module, task: Task) -> set[nn.Module]:
-    """The layers that a pass through the model calls, with gradients, without which attention takes another way."""
-    seen: set[nn.Module] = set()
-    handles = [m.register_forward_hook(lambda module, *_: seen.add(module)) for m in model.modules()]
-    modes = {module: module.training for module in model.modules()}
-    args, kwargs = to_device(task.inputs(), device_of(model))
-    try:
-        model.eval()(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes.items():
-            module.training = training
-    return seen
-
-
-def _refusal(model: nn.Module, site: Site, called: set[nn.Module]) -> str:
+def _refusal(model: nn.Module, site: Site, seen: Collection[nn.Module]) -> str:
     for owner, name in owners(model, site.module, site.name):
         if not isinstance(owner, WEIGHTED) or name != "weight":
             return f"it shares its weight with a layer of type {type(owner).__name__}, which is no linear map"
         if reason := altered(owner):
             return reason
-        if owner not in called:
-            return "its weight is used without a call of the layer"
+        if owner not in seen:
+            return UNCALLED
     return ""
 
 

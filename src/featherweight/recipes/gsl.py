@@ -109,7 +109,7 @@ def gsl(
     `max(alpha x C / F, (S_A + beta x S_W) / B)` and the dense `C / F`: pruning pays between the sparsities
     `1 - 1/alpha` and `1 - x*`, where the two terms cross, `x* = S_A / (alpha C B / F - beta S_W)`. Layers without such
     a range are left dense. Every so many epochs, a layer above its upper bound is pruned no further, and one whose
-    sparsity has settled below its lower bound gets its dense weights back.
+    sparsity has settled below its lower bound gets its dense weights back. Every layer keeps a weight.
 
     Departs from the paper: the penalty is a proximal step after every update (soft thresholding by `lr penalty`), which
     gives exact zeros, where the paper's subgradient needs a threshold, and which weighs a tenth of a term of the loss
@@ -145,7 +145,7 @@ def gsl(
 
     def shrink(progress: float) -> None:
         for path in pruning:
-            write(found[path], shrunk(hidden(found[path]), lr * penalty))
+            write(found[path], not_empty(shrunk(hidden(found[path]), lr * penalty), hidden(found[path])))
 
     for start in range(0, epochs, every):
         if pruning:
@@ -206,12 +206,12 @@ def activations(model: nn.Module, task: Task, paths: list[str]) -> dict[str, flo
     samples = next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim())
 
     def hook(path: str) -> Callable[..., None]:
-        def count(module: nn.Module, seen: tuple[Tensor, ...], output: Tensor) -> None:
-            counts[path] += (seen[0].numel() + output.numel()) / samples
+        def count(module: nn.Module, seen: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
+            counts[path] += ((seen[0] if seen else named["input"]).numel() + output.numel()) / samples
 
         return count
 
-    handles = [model.get_submodule(path).register_forward_hook(hook(path)) for path in paths]
+    handles = [model.get_submodule(path).register_forward_hook(hook(path), with_kwargs=True) for path in paths]
     try:
         with eval_mode(model):
             model(*args, **kwargs)
@@ -234,3 +234,11 @@ def shrunk(weight: Tensor, by: float) -> Tensor:
     [0.75, 0.0]
     """
     return weight.sign() * (weight.abs() - by).clamp_min(0) + 0.0
+
+
+def not_empty(weight: Tensor, before: Tensor) -> Tensor:
+    """The weight, but the largest of before where nothing of it is left: no layer is emptied."""
+    if weight.any():
+        return weight
+    largest = before.abs().argmax()
+    return weight.flatten().index_copy(0, largest[None], before.flatten()[largest][None]).view_as(weight)

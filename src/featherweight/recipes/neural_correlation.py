@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featherweight.allowed import Amount, Count, Fraction, Positive, Share
 from featherweight.catalogue import recipe
+from featherweight.core.capture import UNCALLED, called
 from featherweight.core.fit import Optimizers
-from featherweight.core.ledger import note
+from featherweight.core.ledger import note, skip
 from featherweight.core.masks import settle, told
 from featherweight.core.site import PerLayer, Site, per_layer
 from featherweight.core.study import Study
 from featherweight.core.surgery import WhereLinearOrConv2d
 from featherweight.core.task import Task, eval_mode, run
-from featherweight.errors import BadData
+from featherweight.errors import BadData, BadOption
 
 TYPES = (nn.Linear, nn.Conv2d)
 
@@ -67,11 +70,12 @@ def neural_correlation(
         where: which linear and 2d convolution layers; all when left out.
 
     Raises:
-        BadOption: an option outside its range.
-        BadData: activations are not finite.
+        BadOption: an option outside its range, or no chosen layer is called.
+        BadData: activations are not finite, or a layer sees inputs of several sizes.
     """
     found, goals = per_layer(model, "sparsity", sparsity, where, types=TYPES)
-    for turn, (path, site) in enumerate(reversed(found.items()), 1):
+    found = in_turn(model, task, found)
+    for turn, (path, site) in enumerate(found.items(), 1):
         r = correlations(model, task, site, calibration_batches, positions)
         keep = select(r.flatten(1), site.keep.flatten(1), 1 - goals[path], upper).view_as(site.keep)
         site.set_mask(model, keep)
@@ -81,6 +85,22 @@ def neural_correlation(
     settle(model, found)
     note(told(found))
     return task.fit(model, task, epochs=finetune, lr=lr, optimizer=optimizer, label="fine-tune")
+
+
+def in_turn(model: nn.Module, task: Task, found: Mapping[str, Site]) -> dict[str, Site]:
+    """The layers by the order in which a pass through the model calls them, the last first; without others.
+
+    Raises:
+        BadOption: it calls none of them.
+    """
+    order = {module: place for place, module in enumerate(called(model, task.inputs()))}
+    for path, site in found.items():
+        if site.module not in order:
+            skip(path, UNCALLED)
+    able = {path: site for path, site in found.items() if site.module in order}
+    if not able:
+        raise BadOption(f"no chosen layer has inputs and outputs to correlate: {next(iter(found))}: {UNCALLED}")
+    return dict(sorted(able.items(), key=lambda one: -order[one[1].module]))
 
 
 # --- correlations -----------------------------------------------------------------------------------------------------
@@ -95,13 +115,20 @@ def correlations(model: nn.Module, task: Task, site: Site, batches: int, positio
     sums = _Sums()
     inputs: list[Tensor] = []
 
+    def remember(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        inputs.append((args[0] if args else kwargs["input"]).detach())
+
     def see(path: str, output: Tensor) -> Tensor:
         ends = study.activated(path, output)
-        sums.add(*_by_position(site.module, inputs.pop(0), ends, positions))
+        both = _by_position(site.module, inputs.pop(0), ends, positions)
+        if sums.count and both[0].shape[1] != len(sums.centre[0]):
+            raise BadData(f"{path} sees inputs of several sizes, whose positions do not correspond: pass data of one size, "
+                          "or leave the layer out by where=")  # fmt: skip
+        sums.add(*both)
         return output
 
     with eval_mode(model), study.seen(see):  # which traces the model: the hook comes after
-        handle = site.module.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
+        handle = site.module.register_forward_pre_hook(remember, with_kwargs=True)
         try:
             for batch in study.batches():
                 run(model, task, batch)
