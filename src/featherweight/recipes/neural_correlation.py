@@ -122,8 +122,8 @@ def correlations(model: nn.Module, task: Task, site: Site, batches: int, positio
         ends = study.activated(path, output)
         both = _by_position(site.module, inputs.pop(0), ends, positions)
         if sums.count and both[0].shape[1] != len(sums.centre[0]):
-            raise BadData(f"{path} sees inputs of several sizes, whose positions do not correspond: pass data of one size, "
-                          "or leave the layer out by where=")  # fmt: skip
+            raise BadData(f"{path} sees inputs of several sizes, whose positions do not correspond: pass data of one "
+                          "size, or leave the layer out by where=")  # fmt: skip
         sums.add(*both)
         return output
 
