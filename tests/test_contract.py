@@ -233,6 +233,7 @@ REFUSALS = {
     ("ista_bn", "recurrent"): "choose a method that ranks weights",
     ("ista_bn", "regression"): "choose a method that ranks weights",
     ("kd", "regression"): "need the scores of at least two classes",
+    ("lasso_mlp", "segmentation"): "no linear layer",
     ("network_slimming", "dictionary"): "choose a method that ranks weights",
     ("network_slimming", "recurrent"): "choose a method that ranks weights",
     ("network_slimming", "regression"): "choose a method that ranks weights",
