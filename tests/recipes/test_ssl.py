@@ -134,6 +134,30 @@ def test_channels_that_are_zero_go_without_a_trace(fold):
     torch.testing.assert_close(model.eval()(task.valid.x), before, rtol=1e-5, atol=1e-5)
 
 
+class Repeated(nn.Module):
+    """One layer under two names, called twice; a channel of its input and output is the same constant in both calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        again = nn.Linear(6, 6)
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), again, again, nn.Linear(6, 4))
+        with torch.no_grad():
+            for layer in (self.layers[1], again):
+                layer.weight[2] = 0
+                layer.bias[2] = 0.7
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_a_layer_with_two_names_takes_a_constant_once():
+    model, task = Repeated(), no_loss()
+    before = model(task.valid.x)
+    ssl(model, task, filter_penalty=1e-9, channel_penalty=1e-9, epochs=0, finetune=0, round_to=1)
+    assert model.layers[2].weight.shape == (5, 5)
+    torch.testing.assert_close(model(task.valid.x), before, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("shortcut", ["identity", "projection"])
 def test_a_block_whose_branch_is_zero_is_its_shortcut(shortcut):
     model, task = build("resnet:depth=14,channels=(4,8,8)", classes=4), no_loss()

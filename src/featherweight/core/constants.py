@@ -7,18 +7,18 @@ that is a constant, and `W[:, c].sum() * constant` of it reaches every reader.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from featherweight.core.capture import observe
 from featherweight.core.channels import Channels, remove_channels
 from featherweight.core.fold import norms_behind
 from featherweight.core.ledger import note, skip
 from featherweight.core.surgery import WEIGHTED, altered
-from featherweight.core.task import Task
+from featherweight.core.task import Task, eval_mode, run
 
 
 def remove_constants(model: nn.Module, task: Task, channels: Channels, doomed: Tensor, *, batches: int = 8) -> None:
@@ -54,9 +54,9 @@ def remove_constants(model: nn.Module, task: Task, channels: Channels, doomed: T
 
 def _reading(model: nn.Module, channels: Channels, gone: Tensor) -> list[str]:
     """The layers that read channels that go, and stay; those that cannot be told what they lose are skipped."""
-    paths = []
+    paths, own = [], {path for path, _ in model.named_modules()}  # a layer that has several paths is there once
     for path, ids in channels.inputs.items():
-        weighted = isinstance(model.get_submodule(path), WEIGHTED)
+        weighted = isinstance(model.get_submodule(path), WEIGHTED) and path in own
         if weighted and gone[ids].any() and not (path in channels.outputs and gone[channels.outputs[path]].all()):
             if reason := _refusal(model.get_submodule(path)):
                 skip(path, f"what it reads from removed channels is lost: {reason}")
@@ -72,11 +72,11 @@ def _refusal(layer: nn.Module) -> str:
 
 
 def _input_means(model: nn.Module, task: Task, paths: list[str], batches: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and deviation of every input channel of the layers, in float64."""
+    """Mean and deviation of every input channel of the layers over all of their calls, in float64."""
     sums: dict[str, list[Any]] = {}
 
-    def see(path: str, x: Tensor) -> None:
-        layer = model.get_submodule(path)
+    def see(path: str, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        x = args[0] if args else kwargs["input"]
         last = isinstance(layer, nn.Linear)
         along = x.dim() - 1 if last else x.dim() - layer.weight.dim() + 1  # type: ignore[operator]
         flat = x.detach().double().movedim(along, 0).flatten(1)
@@ -85,8 +85,14 @@ def _input_means(model: nn.Module, task: Task, paths: list[str], batches: int) -
         held[1] = held[1] + flat.sum(1)
         held[2] = held[2] + flat.square().sum(1)
 
-    if paths:
-        observe(model, paths, task, islice(task.calibrating(), batches), see, label="constants")
+    handles = [model.get_submodule(p).register_forward_pre_hook(partial(see, p), with_kwargs=True) for p in paths]
+    try:
+        with eval_mode(model):
+            for batch in islice(task.calibrating() if paths else (), batches):
+                run(model, task, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
     found = {}
     for path, (n, total, squares) in sums.items():
         mean = total / n
