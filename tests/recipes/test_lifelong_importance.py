@@ -124,3 +124,10 @@ def test_an_earlier_mask_stands(by):
     attach(model[1], Mask(keep))
     lifelong(model, small_task(), by=by, sparsity=0.7, epochs=1, finetune=1)
     assert not (mask_of(model[1]) & ~keep).any()
+
+
+@pytest.mark.parametrize("nothing", [{"epochs": 0}, {"fit": lambda model, task, **options: model}])
+def test_without_a_path_si_has_no_scores(nothing):
+    task = small_task(**{k: v for k, v in nothing.items() if k == "fit"})
+    with pytest.raises(BadOption, match="none has moved"):
+        lifelong(small_mlp(), task, by="si", epochs=nothing.get("epochs", 1), finetune=0)

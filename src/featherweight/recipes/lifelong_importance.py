@@ -75,7 +75,7 @@ def lifelong_importance(
         where: which layers; all linear and convolution layers when left out.
 
     Raises:
-        BadOption: an option outside its range, or no layer whose weights are free.
+        BadOption: an option outside its range, no layer whose weights are free, or "si" without training.
         BadData: scores are NaN, or the loss is not finite.
     """
     found = sites(model, where)
@@ -83,6 +83,11 @@ def lifelong_importance(
     if by == "si":
         found = movable(found)
         omega, moved = path_integral(model, task, found, epochs=epochs, lr=lr, optimizer=optimizer)
+        if not any(one.any() for one in omega.values()):
+            raise BadOption(
+                f"si follows weights while they train, but in epochs={epochs:g} none has moved: raise epochs, or "
+                "choose ewc or mas (a fit of your own must call after_backward and after_step)"
+            )
         scores = {p: omega[p] / (moved[p].square() + damping) * hidden(site).cpu().double().square()
                   for p, site in found.items()}  # fmt: skip
     else:
