@@ -180,6 +180,16 @@ def test_order_goes_through_the_network_a_group_at_a_time():
         assert changes[1] == [4, 8]
 
 
+@pytest.mark.parametrize("order", ["forward", "backward"])
+def test_a_budget_is_shared_by_the_groups_that_take_turns(order):
+    model, task = small_cnn(), small_task()
+    whole = macs(model, task)
+    prune(model, task, budget="macs<=0.6x", order=order, scope="layer", **ONCE)
+    assert 0.5 * whole < macs(model, task) <= 0.6 * whole
+    assert model[0].out_channels < 8, "the group that comes first does not pay for all"
+    assert model[3].out_channels < 16
+
+
 def test_momentum_of_what_stays_is_carried_over_a_removal():
     task, model = small_task(), small_cnn()
     carried = Carried("sgd")
@@ -240,6 +250,20 @@ def test_n_of_m_keeps_the_largest_n_of_every_m_inputs(n, m):
     assert (kept.sum(-1) == n).all()
     best = weight.abs().view(32, -1, m).topk(n, -1).indices
     assert torch.equal(kept.nonzero()[:, 2].view(32, -1, n).sort(-1).values, best.sort(-1).values)
+
+
+@pytest.mark.parametrize("options", [{"scope": "layer"}, {"scope": "global"}, {"scope": "std"}, {"grain": "2:4"}])
+def test_a_single_score_that_is_nan_is_refused_unless_it_is_masked(options):
+    def score(site):
+        return site.weight.abs().view(-1).index_fill(0, torch.tensor([5]), torch.nan).view(site.weight.shape)
+
+    model = small_mlp()
+    with pytest.raises(BadData, match="scores of 1 hold NaN"):
+        prune(model, small_task(), score=score, rounds=1, epochs=0, finetune=0, **options)
+    for layer in (model[1], model[3]):
+        attach(layer, Mask(torch.arange(layer.weight.numel()).view(layer.weight.shape) != 5), root=model)
+    prune(model, small_task(), score=score, rounds=1, epochs=0, finetune=0, **options)
+    assert model[1].weight.view(-1)[5] == 0
 
 
 def test_scores_that_are_nan_or_of_another_shape_are_refused():

@@ -9,10 +9,17 @@ from torch import nn
 from conftest import Batches, blobs, small_cnn, small_mlp, small_task
 from featherweight.core.channels import channel_groups, remove_channels
 from featherweight.core.forms import Mask, attach
+from featherweight.core.ledger import recording
 from featherweight.core.site import Site
 from featherweight.core.study import Study
 from featherweight.core.task import Task
 from featherweight.errors import BadData, MissingNeed
+from featherweight.ingredients.score.entropy import entropy
+from featherweight.ingredients.score.fisher import fisher
+from featherweight.ingredients.score.taylor_activation import taylor_activation
+from featherweight.ingredients.score.taylor_squared import taylor_squared
+from featherweight.ingredients.score.zeros import zeros
+from featherweight.prune import prune
 
 
 def everything(activation):
@@ -137,3 +144,53 @@ def test_layers_are_known_in_the_order_of_their_calls():
     value = torch.tensor([-1.0, 2.0])
     assert torch.equal(study.activated("first", value), value.relu())
     assert torch.equal(study.activated("last", value), value)
+
+
+class Folded(nn.Module):
+    """A layer on what samples hold: positions, windows of positions one after the other, or sequences first."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.a, self.b = how, nn.Linear(5, 7), nn.Linear(7, 3)
+
+    def forward(self, x):
+        if self.how == "windows":
+            x = x.unflatten(1, (3, 2)).flatten(0, 1)
+        elif self.how == "sequence first":
+            x = x.transpose(0, 1)
+        x = self.b(self.a(x).relu())
+        if self.how == "windows":
+            x = x.unflatten(0, (-1, 3)).flatten(1, 2)
+        elif self.how == "sequence first":
+            x = x.transpose(0, 1)
+        return x.mean(1)
+
+
+@pytest.mark.parametrize("how", ["windows", "sequence first"])
+def test_a_sample_is_a_sample_however_layers_hold_its_positions(how):
+    x, y = torch.randn(13, 6, 5), torch.randint(0, 3, (13,))
+    data = [(x[:8], y[:8]), (x[8:], y[8:])]  # the last batch is smaller
+    task, plain, model = Task(train=data, valid=data), Folded("positions"), Folded(how)
+    model.load_state_dict(plain.state_dict())
+    for score in (fisher, taylor_squared, taylor_activation, zeros, entropy):
+        wanted, found = (score(Site("a", one.a, study=Study(one, task, ["a"], 2))) for one in (plain, model))
+        torch.testing.assert_close(found, wanted, msg=lambda text, score=score: f"{score.__name__}: {text}")
+
+
+def test_layers_that_no_forward_pass_shows_stay_and_that_is_said():
+    class Aside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.head, self.unused = nn.Linear(64, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.head(self.a(x.flatten(1)).relu())
+
+    for score in (fisher, taylor_squared, taylor_activation, zeros, entropy):
+        model = Aside()
+        with recording() as ledger:
+            prune(model, small_task(), score=score, grain="filter", prune_ratio=0.5, scope="layer", round_to=1,
+                  rounds=1, epochs=0, finetune=0)  # fmt: skip
+            assert score(Site("unused", model.unused, study=Study(model, small_task(), ["unused"], 1))).isinf().all()
+        assert (model.a.out_features, model.unused.out_features) == (4, 4)
+        assert "no forward pass shows" in ledger.skipped["unused"]

@@ -24,9 +24,9 @@ from featherweight.core.cost import Cost, cost
 from featherweight.core.fit import Optimizers
 from featherweight.core.forms import Mask, attach, bake, has_forms, mask_zeros, masked_names, originals
 from featherweight.core.grains import Grain, all_but, pattern_of, pooled, units
-from featherweight.core.ledger import note, show
+from featherweight.core.ledger import note, show, skip
 from featherweight.core.restart import Carried, reinitialise
-from featherweight.core.select import lowest
+from featherweight.core.select import hold_nan, lowest
 from featherweight.core.sensitivity import RATIOS, Allocate, Left, Sensitivity, mask_bytes, scan
 from featherweight.core.site import PerLayer, Site, per_layer, sites
 from featherweight.core.study import Study
@@ -45,7 +45,7 @@ from featherweight.core.widths import (
     removable,
     scores_of,
 )
-from featherweight.errors import BadOption
+from featherweight.errors import BadData, BadOption
 
 Score = Callable[[Site], Tensor]
 Schedule = Callable[[float], float]
@@ -159,7 +159,8 @@ def prune(
         rounds: how often something is removed; 1 is one-shot.
         start: the fraction at which the schedule starts, no more than the least that is asked for.
         order: with the grain "filter": "all" layers in each round; or "forward" or "backward", one group of coupled
-            layers after the other, a round each, in the order of the network.
+            layers after the other, a round each, in the order of the network (with a budget, each loses the same
+            fraction, the least with which it holds).
         permanence: "hard" (what went stays away) or "soft" (between rounds it is zero but learns on, and is chosen
             anew; the last round is hard).
         epochs: retraining in total, the same after every round.
@@ -303,13 +304,20 @@ def zero(site: Site, keep: Tensor) -> None:
 
 
 def _of_weights(site: Site, values: Tensor) -> Tensor:
-    """Scores of the weight's shape; one for each output stands for all that the output reads."""
+    """Scores of the weight's shape; one for each output stands for all that the output reads.
+
+    Raises:
+        BadOption: scores of another shape.
+        BadData: a score is NaN, where no mask stands.
+    """
     shape = site.weight.shape
     if values.shape == shape:
+        if torch.isnan(values.detach().cpu()[site.keep]).any():
+            raise BadData(hold_nan(site.path))
         return values
     along = 1 if isinstance(site.module, nn.ConvTranspose2d) else 0
     if values.dim() == 1 and len(values) == shape[along]:
-        return values.view([-1 if d == along else 1 for d in range(len(shape))]).expand(shape)
+        return _of_weights(site, values.view([-1 if d == along else 1 for d in range(len(shape))]).expand(shape))
     raise BadOption(
         f"the score of {site.path} has the shape {tuple(values.shape)}: give one of {tuple(shape)} or of its outputs"
     )
@@ -460,8 +468,8 @@ def _prune_channels(
     """The loop for channels. Masks of earlier methods are made plain for a removal, and are back for every training."""
     masked = masked_names(model)
     start = _Start.of(bake(model), training.task)
-    if goal.allocate is not None:
-        goal = replace(goal, plan=_plan(model, training.task, start, goal, goal.allocate), budget=None)
+    if goal.allocate is not None or (order != "all" and goal.budget is not None):
+        goal = replace(goal, plan=_plan(model, training.task, start, goal), budget=None)
     carried = Carried(training.optimizer)
     training = replace(training, optimizer=carried)
     chosen = per_layer(model, "prune_ratio", goal.prune_ratio, goal.where)[0]
@@ -567,28 +575,37 @@ def _scored(
     found, ratios = per_layer(model, "prune_ratio", goal.prune_ratio, goal.where)
     found = {path: site for path, site in found.items() if group is None or path in group}
     found = studied(model, task, found, goal.batches, grain="filter", channels=channels)
-    scores = {path: _of_outputs(site, goal) for path, site in found.items()}
+    scores = {path: _of_outputs(site, goal) for path, site in found.items() if removable(channels, path)}
+    for path in found.keys() - scores.keys():
+        skip(path, channels.pinned.get(path, "its outputs cannot be removed"))
     less = map_flops(cost(model, task.inputs()), found, goal.flops) if goal.flops else {}
     pooled_scores = scores_of(channels, scores, goal.coupled, goal.normalise, less)
     shrinking = Shrinking(channels, pooled_scores, goal.round_to)
-    return shrinking, {path: ratios[path] for path in scores if removable(channels, path)}
+    return shrinking, {path: ratios[path] for path in scores}
 
 
-def _plan(model: nn.Module, task: Task, start: _Start, goal: _Goal, allocate: Allocate) -> dict[str, float]:
-    """The fraction of every layer with which the whole reaches the goal, by what each costs alone."""
+def _plan(model: nn.Module, task: Task, start: _Start, goal: _Goal) -> dict[str, float]:
+    """The fraction of every layer with which the whole reaches the goal: by what each costs alone, or all the same."""
     shrinking, ratios = _scored(model, task, goal)
     channels, layers = shrinking.channels, list(ratios)
     ratio = next(iter(ratios.values()))
     wanted = int(ratio * count_of(channels, layers) + 1e-9)
+    holds = _holds(model, task, start, goal.budget, 1.0, shrinking) if goal.budget else lambda gone: len(gone) >= wanted
+    told, allocate = goal.budget or f"prune_ratio={ratio:g}", goal.allocate
+    if allocate is None:
+        return _shares(channels, shrinking.until(holds, candidates=partial(_uniform, shrinking, layers), told=told))
     quantities: list[Any] = ["units"] if goal.budget is None else [one.quantity for one in parse(goal.budget)]
     measured = scan_channels(model, task, shrinking, layers)
     curves = measured.curves(quantities[0] if quantities[0] in ("units", "params") else "macs")
-    holds = _holds(model, task, start, goal.budget, 1.0, shrinking) if goal.budget else lambda gone: len(gone) >= wanted
-    told = goal.budget or f"prune_ratio={ratio:g}"
     gone = shrinking.until(holds, candidates=lambda share: shrinking.by_layer(allocate(curves, share)), told=told)
-    chosen = {path: float(torch.isin(channels.outputs[path], gone).double().mean()) for path in curves}
+    chosen = {path: share for path, share in _shares(channels, gone).items() if path in curves}
     show("sensitivity", measured.told(chosen))
     return chosen
+
+
+def _shares(channels: Channels, gone: Tensor) -> dict[str, float]:
+    """The part of every layer's outputs that goes."""
+    return {path: float(torch.isin(ids, gone).double().mean()) for path, ids in channels.outputs.items()}
 
 
 def _uniform(shrinking: Shrinking, layers: Sequence[str], ratio: float) -> Tensor:

@@ -35,7 +35,7 @@ def lowest(scores: Mapping[K, Tensor], ratio: float, scope: Literal["global", "l
     one_of("scope", scope, ("global", "layer"))
     for key, score in scores.items():
         if torch.isnan(score).any():
-            raise BadData(f"the scores of {key} hold NaN: check the weights and the loss of the batches behind them")
+            raise BadData(hold_nan(key))
     if scope == "layer":
         return {key: _lowest(score.flatten(), ratio).view_as(score) for key, score in scores.items()}
     if not scores:
@@ -43,6 +43,11 @@ def lowest(scores: Mapping[K, Tensor], ratio: float, scope: Literal["global", "l
     flat = torch.cat([score.detach().flatten().double().cpu() for score in scores.values()])
     parts = _lowest(flat, ratio).split([score.numel() for score in scores.values()])
     return {key: part.view_as(score) for (key, score), part in zip(scores.items(), parts, strict=True)}
+
+
+def hold_nan(key: Hashable) -> str:
+    """What is said of scores that cannot be ranked."""
+    return f"the scores of {key} hold NaN: check the weights and the loss of the batches behind them"
 
 
 def _lowest(flat: Tensor, ratio: float) -> Tensor:

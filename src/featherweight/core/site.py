@@ -49,6 +49,11 @@ class Site:
         weight = self.weight
         return (weight.transpose(0, 1) if isinstance(self.module, nn.ConvTranspose2d) else weight).flatten(1)
 
+    def stays(self, why: str = "no forward pass shows what it puts out for each sample") -> Tensor:
+        """Infinite scores, one for each output, with which it stays as it is; and that is said."""
+        skip(self.path, why)
+        return torch.full((len(self.rows),), torch.inf)
+
     @staticmethod
     def of(weight: Tensor, grain: str = "weight") -> Site:
         """A site of its own around a weight of any shape, for examples and tests."""

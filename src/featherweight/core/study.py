@@ -126,7 +126,7 @@ class Study:
         """
 
         def gate(path: str, value: Tensor) -> Tensor:
-            channel = value.dim() - 1 if isinstance(self.model.get_submodule(path), nn.Linear) else 1
+            channel = _channel_dim(self.model.get_submodule(path), value)
             return value * gates[path].to(value).view([-1 if d == channel else 1 for d in range(value.dim())])
 
         with self.seen(gate, list(gates)) if gates else nullcontext():
@@ -139,20 +139,22 @@ class Study:
     def activations(self, see: See) -> dict[str, Tensor]:
         """What `see` keeps of every layer's activation (behind its batch norm and nonlinearity), row by row.
 
-        A layer that is called several times has the rows of every call.
+        A row is a sample, all that belongs to it among its positions (`sample_dim`), or what the layer's first
+        dimension holds where that is no sample. A layer that is called several times has the rows of every call, one
+        that is not called none at all.
         """
         if ("activations", see) not in self._known:
             rows: dict[str, list[Tensor]] = {path: [] for path in self.paths}
             ends = self.once(_ends)
 
             def keep(path: str, value: Tensor) -> Tensor:
-                found = ends[path].activated(value)
-                last = isinstance(self.model.get_submodule(path), nn.Linear)  # whose channels come last
-                rows[path].append(see(found.movedim(-1, 1) if last else found).detach().cpu())
+                channel = _channel_dim(self.model.get_submodule(path), value)
+                rows[path].append(see(_by_sample(ends[path].activated(value), channel, samples)).detach().cpu())
                 return value
 
             with eval_mode(self.model), self.seen(keep):
-                for batch in self.batches():
+                for number, batch in enumerate(self.batches()):
+                    samples = self.sizes()[number]
                     run(self.model, self.task, batch)
             self._known["activations", see] = {path: torch.cat(found) for path, found in rows.items() if found}
         return self._known["activations", see]
@@ -162,6 +164,7 @@ class Study:
 
         It is the sum over positions of activation times gradient (Molchanov et al., CVPR 2019, sec. 3.2). The gate
         stands behind the layer's batch norm; a nonlinearity that is 0 at 0 and linear on either side changes nothing.
+        A layer that is not called, or no dimension of whose outputs holds the samples (`sample_dim`), has none.
 
         Raises:
             CompressionError: the task's loss does not depend on a layer's outputs.
@@ -182,6 +185,33 @@ class _End:
 
     def activated(self, value: Tensor) -> Tensor:
         return value if self.act is None else ACTS[self.act.name](value.clone(), *self.act.constants)
+
+
+def sample_dim(shape: Sequence[int], channel: int, samples: int) -> int | None:
+    """Which dimension of a layer's output holds the samples; None if none does.
+
+    The first, or the second where a sequence comes first; or the first where each sample has several entries, one after
+    the other (windows, patches).
+
+    >>> [sample_dim(shape, 2, 8) for shape in ((8, 5, 3), (5, 8, 3), (24, 5, 3), (1, 5, 3))]
+    [0, 1, 0, None]
+    """
+    for dim in range(min(channel, 2)):
+        if shape[dim] == samples:
+            return dim
+    return 0 if channel > 0 and shape[0] % samples == 0 else None
+
+
+def _channel_dim(layer: nn.Module, value: Tensor) -> int:
+    return value.dim() - 1 if isinstance(layer, nn.Linear) else 1
+
+
+def _by_sample(value: Tensor, channel: int, samples: int) -> Tensor:
+    """(samples, channels, positions), or (samples, channels) as it is."""
+    held = sample_dim(value.shape, channel, samples)
+    if held == 0 and len(value) > samples:
+        value, channel = value.unflatten(0, (samples, -1)), channel + 1
+    return value.movedim((held or 0, channel), (0, 1))
 
 
 def _batches(study: Study) -> list[Batch]:
@@ -249,20 +279,21 @@ def _gates(study: Study) -> dict[str, Tensor]:
     gates: dict[str, Tensor] = {}
 
     def gated(path: str, value: Tensor) -> Tensor:
-        channel = -1 if isinstance(study.model.get_submodule(path), nn.Linear) else 1
-        shape = [len(value)] + [1] * (value.dim() - 1)
-        shape[channel] = value.shape[channel]
+        channel = _channel_dim(study.model.get_submodule(path), value)
+        held = sample_dim(value.shape, channel, samples)
+        if held is None:
+            return value
         if path not in gates:  # a layer that is called twice has one gate
-            gates[path] = torch.ones(len(value), value.shape[channel], device=value.device, requires_grad=True)
-        return value * gates[path].view(shape)
+            gates[path] = torch.ones(samples, value.shape[channel], device=value.device, requires_grad=True)
+        each = gates[path].repeat_interleave(value.shape[held] // samples, 0)
+        return value * each.view([n if d in (held, channel) else 1 for d, n in enumerate(value.shape)])
 
     with eval_mode(study.model), study.seen(gated):
-        for batch in study.batches():
+        for samples, batch in zip(study.sizes(), study.batches(), strict=True):
             gates.clear()
             with torch.enable_grad():
-                loss = _loss(study, batch)
-                loss = loss * len(next(iter(gates.values())))  # a mean: undo its 1/B
-            found = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
+                loss = _loss(study, batch) * samples  # a mean: undo its 1/B
+            found = torch.autograd.grad(loss, list(gates.values()), allow_unused=True) if gates else ()
             for path, grad in zip(gates, found, strict=True):
                 if grad is None:
                     raise CompressionError(f"the loss does not depend on {path}: leave it out by where=")

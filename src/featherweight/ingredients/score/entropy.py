@@ -24,7 +24,9 @@ BINS = 100
 @ingredient("score", grain="filter")
 def entropy(site: Site) -> Tensor:
     """Entropy in nats of every output's mean activation over the samples, (outputs,)."""
-    pooled = site.data.activations(mean_over_positions)[site.path]
+    pooled = site.data.activations(mean_over_positions).get(site.path)
+    if pooled is None:
+        return site.stays()
     if len(pooled) < BINS:
         note(f"{len(pooled)} samples for {BINS} bins of entropy: raise calibration_batches, there should be many a bin")
     return entropies(pooled)

@@ -22,7 +22,8 @@ from featherweight.core.site import Site
 @ingredient("score", grain="filter")
 def fisher(site: Site) -> Tensor:
     """Half the mean of the squared per-sample gradient by a gate on each output, (outputs,)."""
-    return site.data.gates()[site.path].double().square().mean(0) / 2
+    gates = site.data.gates().get(site.path)
+    return site.stays() if gates is None else gates.double().square().mean(0) / 2
 
 
 fisher_prune = method(

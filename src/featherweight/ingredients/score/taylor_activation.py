@@ -24,8 +24,11 @@ from featherweight.core.site import Site
 @ingredient("score", grain="filter")
 def taylor_activation(site: Site) -> Tensor:
     """Mean over the samples of |mean over positions of activation times gradient|, for each output, (outputs,)."""
-    positions = site.data.activations(number_of_positions)[site.path].mean()
-    return site.data.gates()[site.path].abs().mean(0) / positions
+    gates = site.data.gates().get(site.path)
+    if gates is None:
+        return site.stays()
+    positions = site.data.activations(number_of_positions)[site.path].sum() / len(site.data.batches())
+    return gates.abs().mean(0) / positions
 
 
 def number_of_positions(activation: Tensor) -> Tensor:

@@ -24,9 +24,10 @@ from featherweight.core.site import Site
 @ingredient("score", grain="filter")
 def taylor_squared(site: Site) -> Tensor:
     """Mean over batches of the squared gradient of the batch's loss by a gate on each output, (outputs,)."""
-    gates, sizes = site.data.gates()[site.path], site.data.sizes()
-    calls = len(gates) // sum(sizes)  # rows a sample: more than one where positions were folded into the batch
-    return torch.stack([rows.mean(0).square() for rows in gates.double().split([calls * n for n in sizes])]).mean(0)
+    gates = site.data.gates().get(site.path)
+    if gates is None:
+        return site.stays()
+    return torch.stack([rows.mean(0).square() for rows in gates.double().split(site.data.sizes())]).mean(0)
 
 
 taylor_fo_sq = method(

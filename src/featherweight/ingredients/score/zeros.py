@@ -13,21 +13,21 @@ stay, and that is said; the ratio is that of the others. Kept channels are round
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from featherweight.catalogue import ingredient, method
-from featherweight.core.ledger import skip
 from featherweight.core.site import Site
 
 
 @ingredient("score", grain="filter")
 def zeros(site: Site) -> Tensor:
     """1 - APoZ: the part of its activations that are not zero, for each output; infinite where a layer has no zeros."""
-    found = site.data.activations(nonzero)[site.path].mean(0)
+    active = site.data.activations(nonzero).get(site.path)
+    if active is None:
+        return site.stays()
+    found = active.mean(0)
     if found.min() == 1:
-        skip(site.path, "its activations are never zero, which is what this score counts: no ReLU behind it?")
-        return torch.full_like(found, torch.inf)
+        return site.stays("its activations are never zero, which is what this score counts: no ReLU behind it?")
     return found
 
 
