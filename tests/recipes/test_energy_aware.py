@@ -13,7 +13,8 @@ from featherweight.core.fit import fit
 from featherweight.core.forms import mask_of
 from featherweight.core.ledger import recording
 from featherweight.core.reconstruct import Moments
-from featherweight.core.task import evaluate
+from featherweight.core.task import Task, evaluate
+from featherweight.errors import MissingNeed
 from featherweight.recipes import energy_aware as recipe_file
 from featherweight.recipes.energy_aware import Energies, Traffic, chosen, gained, refitted, seen
 
@@ -140,3 +141,15 @@ def test_layers_that_least_squares_cannot_refit_are_named():
         energy_aware(model, small_task(), finetune=0)
     assert "2 groups" in ledger.skipped["1"]
     assert mask_of(model[1]) is None
+
+
+def test_training_data_are_asked_for_before_the_work():
+    model, task = small_mlp(), Task(valid=small_task().valid, calibration=[torch.randn(32, 1, 8, 8)])
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(MissingNeed, match="finetune=0"):
+        energy_aware(model, task)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    energy_aware(model, task, finetune=0)
+    unlabelled = Task(valid=task.valid, train=task.calibration)
+    with pytest.raises(MissingNeed, match="the loss needs labels"):
+        energy_aware(small_mlp(), unlabelled)

@@ -60,8 +60,6 @@ def test_masked_kernels_leave_a_table_of_connections_that_computes_the_same():
         if kept[o, i]:
             by_table[:, o : o + 1] += F.conv2d(seen[:, i : i + 1], weight[o : o + 1, i : i + 1], stride=2, padding=1)
     torch.testing.assert_close(by_table, model[3](seen).detach(), rtol=1e-5, atol=1e-5)
-    sizes = small_cnn()  # the same seed is not the same draw: compare within this layer
-    assert sizes[3].weight.shape == weight.shape
 
 
 def test_the_smallest_kernels_go():

@@ -13,7 +13,7 @@ from featherweight.core.forms import Mask, attach, mask_of
 from featherweight.core.ledger import recording
 from featherweight.core.reconstruct import Moments
 from featherweight.core.task import Task, evaluate
-from featherweight.errors import BadData, BadOption, UnknownName
+from featherweight.errors import BadData, BadOption, MissingNeed, UnknownName
 from featherweight.recipes.obs import inverse_hessian, loss_roots, prune_rows, removed, saliency, trace
 
 obs = entry("obs")
@@ -150,13 +150,12 @@ def test_what_the_loss_sees_of_cross_entropy_is_its_gauss_newton_matrix():
     params = [model[3].weight]
     roots = list(loss_roots(model, task, params, 1))
     assert len(roots) == 32
-    x, y = next(iter(task.train))
+    x, _ = next(iter(task.train))
     for i in (0, 5):
         hidden = model[:3](x[i : i + 1]).detach()[0].double()
         p = model(x[i : i + 1]).softmax(1)[0].detach().double()
         curvature = torch.kron(torch.diag(p) - torch.outer(p, p), torch.outer(hidden, hidden))
         torch.testing.assert_close(roots[i] @ roots[i].mT, curvature, rtol=1e-4, atol=1e-6)
-    assert y is not None
 
 
 @pytest.mark.parametrize("options", [{"step": 0.0}, {"mode": "network", "where": ["3", "8"], "alpha": 1e-5}])
@@ -226,5 +225,9 @@ def test_bad_input():
     with pytest.raises(UnknownName, match="conv9"):
         obs(small_cnn(), task, where="conv9")
     bare = Batches(torch.full((4, 1, 8, 8), torch.nan), torch.zeros(4).long())
+    unlabelled = Task(valid=task.valid, calibration=[torch.randn(4, 1, 8, 8)])
+    with pytest.raises(MissingNeed, match="the loss needs labels"):
+        obs(small_mlp(), unlabelled, mode="network", where="3")
+    obs(small_mlp(), unlabelled)  # outputs of layers need none
     with pytest.raises(BadData, match="not finite"):
         obs(small_cnn(), Task(valid=bare, calibration=bare))

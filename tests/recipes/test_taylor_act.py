@@ -1,6 +1,7 @@
 """Molchanov et al. 2017: exact for a loss that is linear, near the oracle on a network, dearer maps go with flops."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -90,12 +91,18 @@ def test_operations_are_taken_off_after_the_normalisation():
 
 
 def test_layers_compare_after_their_norms():
-    start, left = fit(small_cnn(), small_task(), epochs=2), []
-    for scale in (1.0, 1e-3):  # a smaller loss downstream: all scores of all layers shrink alike
+    start, left = fit(small_cnn(), small_task(), epochs=2), {}
+    for scale, normalise in itertools.product((1.0, 1e3), ("l2", "none")):
         model = copy.deepcopy(start)
-        taylor(model, small_task(loss=lambda o, t, s=scale: s * nn.functional.cross_entropy(o, t)), **NOW)
-        left.append(model.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in left), strict=True))
+
+        def score(site, scale=scale):  # one layer's scores are larger than those of the other
+            return taylor_activation(site) * (scale if site.path == "0" else 1)
+
+        taylor(model, small_task(), score=score, normalise=normalise, **NOW)
+        left[scale, normalise] = (model[0].weight.detach(), model[3].weight.detach())
+    assert all(torch.equal(a, b) for a, b in zip(left[1.0, "l2"], left[1e3, "l2"], strict=True))
+    assert left[1e3, "none"][0].shape[0] == 8, "without them the larger layer stays whole"
+    assert left[1e3, "l2"][0].shape[0] < 8
 
 
 def test_rounds_go_between_steps_of_training_and_it_recovers():

@@ -15,7 +15,7 @@ from featherweight.core.check import positive
 from featherweight.core.forms import own_modules
 from featherweight.core.ledger import note
 from featherweight.core.progress import track
-from featherweight.core.task import Batch, Task, length, run
+from featherweight.core.task import Batch, Task, length, loss_of, run
 from featherweight.core.tracking import Losses
 from featherweight.errors import BadData, CompressionError, MissingNeed, unknown
 
@@ -75,7 +75,7 @@ def fit(
         after_step: called with the progress after every update.
 
     Raises:
-        MissingNeed: the task has no training data.
+        MissingNeed: the task has no training data, or no labels where its loss needs them.
         CompressionError: a loss term is not finite (it is named).
     """
     from accelerate import Accelerator
@@ -130,7 +130,7 @@ def fit(
 def _task_loss(task: Task) -> Step:
     def step(model: nn.Module, batch: Batch, progress: float) -> dict[str, Tensor]:
         output, target = run(model, task, batch)
-        return {"loss": task.loss(output, target)}
+        return {"loss": loss_of(task, output, target)}
 
     return step
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from featherweight.core.channels import Channels, channel_groups
 from featherweight.core.flow import Step, follow
 from featherweight.core.surgery import WEIGHTED
-from featherweight.core.task import Batch, Task, eval_mode, run
+from featherweight.core.task import Batch, Task, eval_mode, loss_of, run
 from featherweight.errors import BadData, CompressionError, MissingNeed
 
 T = TypeVar("T")
@@ -223,12 +223,7 @@ def _batches(study: Study) -> list[Batch]:
 
 def _loss(study: Study, batch: Batch) -> Tensor:
     output, target = run(study.model, study.task, batch)
-    try:
-        return study.task.loss(output, target)
-    except (TypeError, AttributeError) as error:
-        if target is not None:
-            raise
-        raise MissingNeed("the loss needs labels, which the batches do not have: yield (inputs, labels)") from error
+    return loss_of(study.task, output, target)
 
 
 def _channels(study: Study) -> Channels:

@@ -272,6 +272,20 @@ def run(model: nn.Module, task: Task, batch: Batch) -> tuple[Any, Any]:
     return model(*args, **kwargs), target
 
 
+def loss_of(task: Task, output: Any, target: Any) -> Tensor:
+    """The task's loss of one batch.
+
+    Raises:
+        MissingNeed: the loss needs a target, and the batch has none.
+    """
+    try:
+        return task.loss(output, target)
+    except (TypeError, AttributeError) as error:
+        if target is not None:
+            raise
+        raise MissingNeed("the loss needs labels, which the batches do not have: yield (inputs, labels)") from error
+
+
 class eval_mode:  # noqa: N801 - used like a function: `with eval_mode(model):`
     """A block in which the model is in evaluation mode and nothing records gradients; modes are put back after it."""
 

@@ -41,6 +41,7 @@ from featherweight.core.reconstruct import Moments, augmented, put
 from featherweight.core.site import PerLayer, Site, per_layer
 from featherweight.core.surgery import WhereWeighted
 from featherweight.core.task import Task
+from featherweight.errors import MissingNeed
 
 
 @final
@@ -118,7 +119,10 @@ def energy_aware(
     Raises:
         BadOption: an option outside its range.
         UnknownName: a pattern matches nothing.
+        MissingNeed: fine-tuning without training data.
     """
+    if finetune and task.train is None:  # told before the work and not after it
+        raise MissingNeed("the fine-tuning needs training data: pass Task(train=...), or finetune=0")
     found, goals = per_layer(model, "sparsity", sparsity, where)
     keeps = {path: site.keep for path, site in found.items()}
     original, others = copy.deepcopy(model), kept_by_masks(model)

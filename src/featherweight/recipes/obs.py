@@ -38,7 +38,7 @@ from featherweight.core.masks import largest
 from featherweight.core.reconstruct import Moments, augmented, patterns, put
 from featherweight.core.site import PerLayer, Site, per_layer
 from featherweight.core.surgery import WhereWeighted
-from featherweight.core.task import Task, device_of, prediction, to_device
+from featherweight.core.task import Task, device_of, loss_of, prediction, to_device
 from featherweight.errors import BadOption
 
 MOST = 8192
@@ -98,7 +98,8 @@ def obs(
         where: which layers; all linear and convolution layers when left out.
 
     Raises:
-        BadOption: no layer can be worked on, or the network has too many weights for its mode.
+        BadOption: the network has too many weights for its mode.
+        MissingNeed: the mode "network", a loss that needs labels, and batches without.
     """
     found, goals = per_layer(model, "sparsity", sparsity, where)
     keeps = {path: site.keep for path, site in found.items()}
@@ -316,7 +317,7 @@ def loss_roots(model: nn.Module, task: Task, params: list[Any], batches: int) ->
         for args, kwargs, target in samples(task, batches):
             moved, named, wanted = to_device((args, kwargs, target), device_of(model))
             output = prediction(model(*moved, **named))
-            bend = hessian(lambda z, wanted=wanted: task.loss(z, wanted), output.detach())
+            bend = hessian(lambda z, wanted=wanted: loss_of(task, z, wanted), output.detach())
             values, vectors = torch.linalg.eigh(bend.reshape(output.numel(), -1).double().cpu())
             rows = [torch.autograd.grad(z, params, retain_graph=True, allow_unused=True) for z in output.flatten()]
             jacobian = torch.stack([_flat(row, params) for row in rows], 1).double().cpu()
