@@ -266,6 +266,22 @@ def test_a_single_score_that_is_nan_is_refused_unless_it_is_masked(options):
     assert model[1].weight.view(-1)[5] == 0
 
 
+def test_grains_of_a_transposed_convolution_know_its_outputs_from_its_inputs():
+    for grain in ("2:4", "shape", "2x12"):
+        model = nn.Sequential(nn.ConvTranspose2d(8, 6, 2), nn.Flatten(), nn.Linear(6 * 81, 4))
+        prune(model, small_task((8, 8, 8)), grain=grain, sparsity=0.5, where="0", scope="layer", rounds=1, epochs=0,
+              finetune=0)  # fmt: skip
+        kept = mask_of(model[0]).transpose(0, 1)  # (outputs, inputs, ky, kx)
+        if grain == "2:4":
+            assert (kept.unflatten(1, (2, 4)).sum(2) == 2).all()
+        elif grain == "shape":
+            assert torch.equal(kept, kept[:1].expand_as(kept))
+            assert int(kept[0].sum()) == 16
+        else:
+            blocks = kept.flatten(1).reshape(3, 2, -1)
+            assert (blocks[:, 0] == blocks[:, 1]).all()
+
+
 def test_scores_that_are_nan_or_of_another_shape_are_refused():
     with pytest.raises(BadData, match="hold NaN"):
         prune(small_cnn(), small_task(), score=lambda site: torch.full((len(site.rows),), torch.nan), **ONCE)

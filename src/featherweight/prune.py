@@ -269,13 +269,16 @@ def mask_lowest(
     Args:
         soft: zero them once in place of masking them, so that they learn on.
     """
-    numbers = {path: units(tuple(site.weight.shape), grain) for path, site in found.items()}
+    numbers = {
+        path: by_outputs(site, units(tuple(by_outputs(site, site.keep).shape), grain)) for path, site in found.items()
+    }
     pattern = pattern_of(grain)
     scores = {path: normalised(_of_weights(site, score(site)), normalise) for path, site in found.items()}
     if pattern is not None:
+        alive = {path: torch.where(found[path].keep, values, -torch.inf) for path, values in scores.items()}
         marked = {
-            path: all_but(torch.where(found[path].keep, values, -torch.inf), *pattern)
-            for path, values in scores.items()
+            path: by_outputs(found[path], all_but(by_outputs(found[path], values), *pattern))
+            for path, values in alive.items()
         }
     else:
         ranked = {path: _ranked(found[path], values, numbers[path], scope) for path, values in scores.items()}
@@ -301,6 +304,11 @@ def zero(site: Site, keep: Tensor) -> None:
             else getattr(site.module, site.name)
         )
         held.mul_(keep.to(held))
+
+
+def by_outputs(site: Site, values: Tensor) -> Tensor:
+    """What is of the weight's shape as (outputs, inputs, ...), or that as what is of the weight's shape."""
+    return values.transpose(0, 1) if isinstance(site.module, nn.ConvTranspose2d) else values
 
 
 def _of_weights(site: Site, values: Tensor) -> Tensor:
@@ -638,7 +646,7 @@ def _of_outputs(site: Site, goal: _Goal) -> Tensor:
     values = goal.score(site)
     outputs = len(site.rows)
     if values.shape == site.weight.shape:
-        values = (values.transpose(0, 1) if isinstance(site.module, nn.ConvTranspose2d) else values).flatten(1).sum(1)
+        values = by_outputs(site, values).flatten(1).sum(1)
     if values.shape != (outputs,):
         raise BadOption(
             f"the score of {site.path} has the shape {tuple(values.shape)}: give one for each of {outputs} outputs"
@@ -672,7 +680,7 @@ def _note_dead_units(site: Site) -> None:
     if keep.dim() < 2:
         return
     grid = keep.flatten(2).any(2) if keep.dim() > 2 else keep
-    grid = grid.T if isinstance(site.module, nn.ConvTranspose2d) else grid  # (in, out, ...)
+    grid = by_outputs(site, grid)
     deaf, unread = int((~grid.any(1)).sum()), int((~grid.any(0)).sum())
     if deaf or unread:
         note(f"{site.path}: {deaf} of {grid.shape[0]} units have no inputs left, {unread} of {grid.shape[1]} inputs "

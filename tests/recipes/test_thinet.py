@@ -145,3 +145,9 @@ def test_a_ratio_that_would_empty_a_layer_keeps_one_channel_and_says_so():
     assert model[1].out_features == 1
     with pytest.raises(BadOption, match="masks weights"):
         thinet(nn.Sequential(nn.Flatten(), nn.Linear(64, 1), nn.ReLU(), nn.Linear(1, 4)), small_task(), **ONLY)
+
+
+def test_the_count_is_that_of_the_fraction_and_not_one_less():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 4))
+    thinet(model, small_task(), prune_ratio=0.29, **ONLY)  # 0.29 * 100 is 28.999999999999996
+    assert model[1].out_features == 71

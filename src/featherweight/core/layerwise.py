@@ -231,7 +231,7 @@ def prune_layerwise(
     for stage in found_stages:
         held = Sums(model, original, task, positions, calibration_batches)
         found = contributions(model, stage, held)
-        wanted = choose(found, int(prune_ratio * len(stage.members)))
+        wanted = choose(found, int(prune_ratio * len(stage.members) + 1e-9))
         doomed = rounded(channels, stage.members[wanted], round_to)
         if not len(doomed):
             continue
