@@ -87,7 +87,7 @@ HEAD = "model: lenet5\ndata: mnist5k\n"
         ),
         (
             HEAD + "chain:\n  - kmeans_shar\n",
-            "line 4, column 5, chain[0].method: unknown method 'kmeans_shar': did you mean 'kmeans_share'?",
+            "line 4, column 5, chain[0].method: unknown method 'kmeans_shar': did you mean 'kmeans_share'",
         ),
         (
             HEAD + "chain:\n  - {method: kd, opts: {}}\n",

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 def live_columns(weight: Tensor) -> Tensor:
     """Which places `(input, y, x)` any filter reads, flat: a column of the weight's matrix, a row of the patches'.
 
-    >>> live_columns(torch.tensor([[[[1.0, 0.0]]], [[[2.0, 0.0]]]])).tolist()
+    >>> from torch import tensor
+    >>> live_columns(tensor([[[[1.0, 0.0]]], [[[2.0, 0.0]]]])).tolist()
     [True, False]
     """
     return (weight != 0).flatten(1).any(0)

@@ -88,8 +88,8 @@ class Groups:
         >>> layer = nn.Linear(2, 2, bias=False)
         >>> _ = layer.weight.data.copy_(torch.tensor([[3.0, 4.0], [0.3, 0.4]]))
         >>> Groups((Part("", "weight", torch.tensor([[0], [1]])),), 2).shrink(layer, 0.5)
-        >>> layer.weight.tolist()
-        [[2.700000047683716, 3.6000001430511475], [0.0, 0.0]]
+        >>> (10 * layer.weight).round().tolist()
+        [[27.0, 36.0], [0.0, 0.0]]
         """
         norms = self.norms(model)
         self.scale(model, self.spared(torch.where(norms > by, 1 - by / norms, 0.0), norms))

@@ -149,7 +149,7 @@ def open_probability(log_alpha: Tensor) -> Tensor:
     """`P(z > 0)` (eq. 12).
 
     >>> open_probability(torch.tensor(math.log(0.01)))
-    tensor(0.0472)
+    tensor(0.0471)
     """
     return torch.sigmoid(log_alpha - BETA * math.log(-GAMMA / ZETA))
 

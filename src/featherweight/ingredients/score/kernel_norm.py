@@ -17,7 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from featherweight.catalogue import ingredient, recipe
+from featherweight.allowed import checked
+from featherweight.catalogue import ingredient
 from featherweight.core.site import Site
 from featherweight.core.study import Study
 from featherweight.core.surgery import WEIGHTED
@@ -29,10 +30,10 @@ NORMS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@recipe(
-    paper="Li et al., ICLR 2017, arXiv:1608.08710; Anwar and Sung, 2016, arXiv:1610.09639", family="prune", kind="part"
+@ingredient(
+    "score", paper="Li et al., ICLR 2017, arXiv:1608.08710; Anwar and Sung, 2016, arXiv:1610.09639", family="prune"
 )
-@ingredient("score")
+@checked()
 def kernel_norm(
     site: Site, *, norm: Literal["l1", "l2", "mean"] = "l1", of: Literal["itself", "consumers"] = "itself"
 ) -> Tensor:
