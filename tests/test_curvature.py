@@ -11,6 +11,7 @@ from conftest import Batches, blobs, small_cnn, small_task
 from featherweight.core import curvature
 from featherweight.core.curvature import fisher_diagonal, ggn_diagonal, mean_gradients, output_sensitivity
 from featherweight.core.forms import Mask, attach
+from featherweight.core.ledger import recording
 from featherweight.core.site import sites
 from featherweight.core.task import Task
 from featherweight.errors import BadData, BadOption
@@ -163,6 +164,14 @@ def test_bad_data():
             derivatives(model, task, found, [])
         with pytest.raises(BadData, match="not finite"):
             derivatives(model, task, found, [(torch.full((2, 1, 8, 8), torch.nan), torch.zeros(2, dtype=torch.long))])
-    wide = nn.Sequential(nn.Linear(4, 600))
-    with pytest.raises(BadOption, match="draws=1"):
-        ggn_diagonal(wide, task, sites(wide), [(torch.randn(2, 4), torch.tensor([0, 1]))])
+
+
+def test_where_a_sample_has_many_outputs_classes_are_drawn_or_it_is_refused():
+    wide, batches = nn.Sequential(nn.Linear(4, 600)), [(torch.randn(2, 4), torch.tensor([0, 1]))]
+    with recording() as ledger:
+        drawn = ggn_diagonal(wide, small_task(), sites(wide), batches)["0"]
+    assert ledger.notes == ["curvature is an estimate, from a class drawn for each sample: it has 600 outputs"]
+    assert int((drawn.sum(1) > 1e-4).sum()) == 2, "the class that was drawn for each of two samples"
+    squares = small_task(loss=lambda output, target: output.square().mean())
+    with pytest.raises(BadOption, match="magnitude_iterative"):
+        ggn_diagonal(wide, squares, sites(wide), batches)

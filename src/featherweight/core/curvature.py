@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
 from featherweight.core.forms import bake, owners
+from featherweight.core.ledger import note
 from featherweight.core.progress import track
 from featherweight.core.site import Site
 from featherweight.core.task import Batch, Task, cross_entropy, length, prediction, run
@@ -63,7 +64,8 @@ def ggn_diagonal(
 
     Args:
         draws: for cross-entropy alone: so many classes drawn for every sample from the network's own predictions in
-            place of the sum over all classes; unbiased, and cheap where there are many classes.
+            place of the sum over all classes; unbiased, and cheap. One is drawn, and that is noted, where a sample has
+            more than 512 outputs.
 
     Raises:
         BadOption: a sample has too many outputs, or `draws` with another loss.
@@ -71,7 +73,16 @@ def ggn_diagonal(
     """
     if draws is not None and task.loss is not cross_entropy:
         raise BadOption("draws= needs a task with cross-entropy, whose classes can be drawn: leave it out")
-    pull: Pull = _columns if draws is None else lambda loss, output, target: _drawn(output, draws)
+
+    def pull(loss: Tensor, output: Tensor, target: Tensor) -> Iterator[Tensor]:
+        if draws is not None or (output[0].numel() > OUTPUTS and task.loss is cross_entropy):
+            if draws is None:
+                note(
+                    f"curvature is an estimate, from a class drawn for each sample: it has {output[0].numel()} outputs"
+                )
+            return _drawn(output, draws or 1)
+        return _columns(loss, output, target)
+
     return moments(model, task, found, batches, pull, torch.square)
 
 
@@ -220,7 +231,10 @@ def _columns(loss: Tensor, output: Tensor, target: Tensor) -> Iterator[Tensor]:
     """The columns of `S` with `S S'` the Hessian of each sample's loss by its outputs, negative curvature left out."""
     size = output[0].numel()
     if size > OUTPUTS:
-        raise BadOption(f"a sample has {size} outputs, more than {OUTPUTS}: pass draws=1, or a task with fewer outputs")
+        raise BadOption(
+            f"a sample has {size} outputs, more than the {OUTPUTS} of which the curvature of a loss that is no "
+            "cross-entropy is computed: choose a method that needs none, such as magnitude_iterative"
+        )
     (slope,) = torch.autograd.grad(loss, output, create_graph=True)
     rows = [_derivative(entry.sum(), output) for entry in slope.flatten(1).unbind(1)]
     hessian = len(output) * torch.stack([row.flatten(1) for row in rows], 1).double()
