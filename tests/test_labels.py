@@ -71,6 +71,10 @@ MIDDLES: dict[str, tuple[Callable[[Tensor], Tensor], int, int]] = {
     "times the deviation": (lambda x: x * x.std(-1, keepdim=True), 8, 0),
     "times the root of the mean of squares": (lambda x: x * x.pow(2).mean(-1, keepdim=True).sqrt(), 8, 0),
     "over another's deviation": (lambda x: x.exp() / x.std(-1, keepdim=True), 8, 0),
+    "means of windows within channels": (lambda x: F.avg_pool1d(x.repeat_interleave(3, -1), 3), 8, 8),
+    "maxima of windows within channels": (lambda x: F.max_pool1d(x.repeat_interleave(2, -1), 2), 8, 8),
+    "means of windows over channels": (lambda x: F.avg_pool1d(x, 2), 4, 0),
+    "means of windows that overlap": (lambda x: F.avg_pool1d(x.repeat_interleave(3, -1), 3, 1), 22, 0),
     "every third": (lambda x: x[..., ::3], 3, 0),
 }
 
@@ -93,7 +97,7 @@ def test_what_lies_between_two_layers(name: str) -> None:
         with torch.no_grad():
             assert gap(wired(x), expected[0]) < 1e-12
     else:
-        assert any(word in channels.pinned["first"] for word in ("mean", "std", "einsum", "slice"))
+        assert any(word in channels.pinned["first"] for word in ("mean", "std", "einsum", "slice", "pool"))
 
 
 class Standardised(nn.Module):

@@ -179,11 +179,31 @@ def spatial(call: Call) -> Any:
     at = carrier(x.labels)
     call.pin(*call.values()[1:])
     if at is not None and -at <= last:
+        if (pooled := windows(call, x)) is not None:
+            return Val(call.value, pooled, x.zero)
         call.pin(x, why="over the channels")
     labels = x.labels if at is None or -at > last else x.labels.flatten()[:1].reshape([1] * x.value.dim())
     if isinstance(call.value, (tuple, list)):
         return tuple(Val(v, labels, x.zero) for v in call.value)
     return Val(call.value, labels, x.zero)
+
+
+def windows(call: Call, x: Val) -> Tensor | None:
+    """The channels of windows side by side along the last dimension, if each lies within one, as in a flattened map."""
+    if x.labels is None or call.name not in ("avg_pool1d", "max_pool1d") or carrier(x.labels) != -1:
+        return None
+    size, stride, padding = (
+        _one(call.arg(i, name, 0)) for i, name in ((1, "kernel_size"), (2, "stride"), (3, "padding"))
+    )
+    if stride not in (0, size) or padding or _one(call.arg(4, "dilation", 1)) > 1 or x.value.shape[-1] % size:
+        return None
+    held = x.labels.unflatten(-1, (-1, size))
+    return held[..., 0] if bool((held == held[..., :1]).all()) else None
+
+
+def _one(value: Any) -> int:
+    """A setting that is a number, or a list of one; an empty list is none."""
+    return int((*value, 0)[0]) if isinstance(value, (list, tuple)) else int(value)
 
 
 @rule("glu")
