@@ -62,7 +62,7 @@ def _branch(model: nn.Module, visit: Visit, steps: Sequence[Step]) -> Branch | s
     """The block that a module's call is, or why it is none whose branch can go."""
     place = next(i for i, step in enumerate(steps) if step.name == "add")
     total = steps[place]
-    sides = [found for n in total.reads if (found := _behind(n, visit.reads, steps)) is not None]
+    sides = [found for n in total.reads if (found := steps_behind(n, visit.reads, steps)) is not None]
     if len(sides) != 2 or any(c not in (1, 1.0) for c in total.constants):
         return "its sum is not one of two tensors that the block computes"
     weighted = [[s.layer for s in side if s.layer and _held(model, s.layer)] for side in sides]
@@ -86,7 +86,7 @@ def _branch(model: nn.Module, visit: Visit, steps: Sequence[Step]) -> Branch | s
     return reason or Branch(visit.path, tuple(str(path) for path in weighted[longer]), rest, tail or "")
 
 
-def _behind(number: int, start: int | None, steps: Sequence[Step]) -> list[Step] | None:
+def steps_behind(number: int, start: int | None, steps: Sequence[Step]) -> list[Step] | None:
     """The steps, in order, from the block's input to a tensor; None if it needs any other tensor."""
     made = {n: step for step in steps for n in step.makes}
     wanted, found = [number], set()
