@@ -237,7 +237,6 @@ REFUSALS = {
     ("ista_bn", "regression"): "choose a method that ranks weights",
     ("kd", "regression"): "need the scores of at least two classes",
     ("lasso_mlp", "segmentation"): "no linear layer",
-    ("nisp", "recurrent"): "choose another score",
     ("network_slimming", "dictionary"): "choose a method that ranks weights",
     ("network_slimming", "recurrent"): "choose a method that ranks weights",
     ("network_slimming", "regression"): "choose a method that ranks weights",
