@@ -91,7 +91,7 @@ def one(name: str, ratio: float) -> dict[str, Any]:
     """Removes, measures, trains, measures."""
     model = sources.load_weights(sources.network("resnet20_half"), WEIGHTS)
     task = sources.task("fashion_mnist", batch_size=BATCH)
-    torch.manual_seed(int(name.split()[-1]) if name in (*CONTROLS, *INNER) else 0)
+    torch.manual_seed(int(name.rsplit(maxsplit=1)[-1]) if name in (*CONTROLS, *INNER) else 0)
     started = time.perf_counter()
     with recording() as ledger:
         model = removal(name)(model, task, ratio)
