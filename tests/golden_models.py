@@ -89,6 +89,29 @@ def rules() -> nn.Module:
     return model
 
 
+def blocks() -> nn.Module:
+    """Rules with more than one table of numbers: scales per block, tables per row and column, products in stages."""
+    model = nn.Module()
+    few = noise(600, 16)
+    scale = torch.arange(1, 76).float() / 128
+    grids = {
+        "blocks": (few.to(torch.int8).view(20, 30), Affine(scale, torch.tensor(8), block=8)),
+        "block_zeros": (few.to(torch.uint8).view(20, 30), Affine(scale[:20], torch.arange(20) % 5, block=30)),
+        "half_blocks": (few.to(torch.uint8).view(20, 5, 6), Affine(scale[:50], torch.arange(50) / 2, block=12)),
+        "one_block": (few.to(torch.int16), Affine(torch.tensor([0.5]), torch.tensor(3), block=600)),
+        "rows": ((few % 5).view(20, 30), Table((noise(100) - 50).float().view(20, 5) / 8, 0)),
+        "columns": ((few % 3).view(30, 4, 5), Table((noise(12, 7) - 3).double().view(4, 3) / 8, 1)),
+    }
+    for name, (symbols, rule) in grids.items():
+        declared(model, name, Codes(symbols, rule, tuple(symbols.shape)))
+    signs = Codes((few % 5).view(20, 30), Table((noise(100, 3) - 1).float().view(20, 5), 0), (20, 30))
+    weight = signs.decode()
+    declared(model, "signs", signs, torch.where((weight == 0) & (noise(600, 2).view(20, 30) == 0), -0.0, weight))
+    books = (noise(120, 17) - 8).float().view(2, 5, 6, 2) / 3  # thirds: the sums are rounded
+    declared(model, "stages", Codes((few[:300] % 6).view(2, 30, 5), Product(books), (30, 5, 2, 1)))
+    return model
+
+
 def types() -> nn.Module:
     """Every type of element, raw, in planes and in tables; no dimensions, no elements, eight dimensions; long gaps."""
     model = nn.Module()
@@ -235,6 +258,8 @@ GOLDEN_FILES: dict[str, tuple[Any, dict[str, Any]]] = {
     "rules_ans": (rules, {"coder": "ans"}),
     "rules_adaptive": (rules, {"coder": "deepcabac"}),
     "rules_fixed": (rules, {"bare": True, "coder": "sparse_index"}),
+    "blocks": (blocks, {"provenance": {"seed": 3}}),
+    "blocks_bare": (blocks, {"bare": True, "coder": "deepcabac"}),
     "types": (types, {}),
     "network": (network, {"provenance": {"seed": 2}, "example_inputs": torch.zeros(2, 1, 8, 8), "class_free": False}),
     "network_bare": (network, {"bare": True}),

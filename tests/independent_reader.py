@@ -69,7 +69,7 @@ def tensor(source: Bytes) -> Tensor:
     first = source.take(1)[0]
     shape = tuple(source.varint() for _ in range(source.varint() if first >> 5 == 7 else first >> 5))
     byte = source.take(1)[0]
-    elements = (raw, planes, table, affine, product)[byte & 7](source, first & 31, shape, byte)
+    elements = (raw, planes, table, affine, product, tables)[byte & 7](source, first & 31, shape, byte)
     return first & 31, shape, elements.tobytes()
 
 
@@ -112,9 +112,11 @@ def table(source: Bytes, kind: int, shape: tuple[int, ...], byte: int) -> np.nda
 
 
 def affine(source: Bytes, kind: int, shape: tuple[int, ...], byte: int) -> np.ndarray:
-    axis, zigzag, size = (source.take(1)[0] & 31) - 1, source.varint(), source.varint()
+    axis, block = (source.take(1)[0] & 31) - 1, source.varint() if byte & 32 else 0
+    zigzag, size = source.varint(), source.varint()
     (scale_kind, _, scale), (zero_kind, _, zero) = tensor(source), tensor(source)
-    along = [-1 if d == axis else 1 for d in range(len(shape))] if axis >= 0 else 1
+    axis, shape = (0, (prod(shape) // block, block)) if block else (axis, shape)
+    along = [-1 if d == axis else 1 for d in range(len(shape))]
     low = zigzag >> 1 if zigzag % 2 == 0 else -(zigzag >> 1) - 1
     whole = (np.array(symbols(source, prod(shape), size), "i8") + low).reshape(shape)
     offset = values(zero_kind, zero).reshape(along)
@@ -124,10 +126,21 @@ def affine(source: Bytes, kind: int, shape: tuple[int, ...], byte: int) -> np.nd
 
 
 def product(source: Bytes, kind: int, shape: tuple[int, ...], byte: int) -> np.ndarray:
-    _, (blocks, count, width), held = tensor(source)
-    chosen = np.reshape(symbols(source, shape[0] * blocks, count), (shape[0], blocks))
-    vectors = np.frombuffer(held, "<" + TYPES[kind]).reshape(blocks, count, width)
-    return signed(source, vectors[np.arange(blocks), chosen].reshape(-1), byte)
+    _, (*stages, blocks, count, width), held = tensor(source)
+    stage = stages[0] if stages else 1
+    chosen = np.reshape(symbols(source, stage * shape[0] * blocks, count), (stage, shape[0], blocks))
+    vectors = np.frombuffer(held, "<" + TYPES[kind]).reshape(stage, blocks, count, width)
+    total = vectors[0][np.arange(blocks), chosen[0]]
+    for own, books in zip(chosen[1:], vectors[1:], strict=True):
+        total = total + books[np.arange(blocks), own]
+    return signed(source, total.reshape(-1).copy(), byte)
+
+
+def tables(source: Bytes, kind: int, shape: tuple[int, ...], byte: int) -> np.ndarray:
+    axis, (_, (rows, count), held) = source.take(1)[0], tensor(source)
+    chosen = np.reshape(symbols(source, prod(shape), count), shape)
+    row = np.arange(rows).reshape([-1 if d == axis else 1 for d in range(len(shape))])
+    return signed(source, np.frombuffer(held, "<" + TYPES[kind]).reshape(rows, count)[row, chosen].reshape(-1), byte)
 
 
 def signed(source: Bytes, elements: np.ndarray, byte: int) -> np.ndarray:

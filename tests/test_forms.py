@@ -153,6 +153,19 @@ def test_rules_decode():
     assert affine.decode().tolist() == [[-1.0, 0.0], [0.0, 10.0]]
     product = Codes(torch.tensor([[1, 0]]), Product(torch.tensor([[[0.0], [1.0]], [[5.0], [6.0]]])), (1, 2))
     assert product.decode().tolist() == [[1.0, 5.0]]
+    stages = Codes(torch.tensor([[[1, 0]], [[0, 1]]]), Product(torch.stack([product.rule.codebooks] * 2) * 2), (1, 2))
+    assert stages.decode().tolist() == [[2.0, 22.0]]
+    rows = Codes(torch.tensor([[1, 0], [0, 1]]), Table(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), 0), (2, 2))
+    assert rows.decode().tolist() == [[2.0, 1.0], [3.0, 4.0]]
+    assert rows.masked(torch.tensor([[True, False], [True, True]])).decode().tolist() == [[2.0, 0.0], [3.0, 4.0]]
+    runs = Codes(
+        torch.tensor([[1, 2, 3], [4, 5, 6]]), Affine(torch.tensor([1.0, 10.0, 2.0]), torch.tensor(1), block=2), (2, 3)
+    )
+    assert runs.decode().tolist() == [[0.0, 1.0, 20.0], [30.0, 8.0, 10.0]]
+    assert runs.masked(torch.tensor([[True, False, True]] * 2)).decode().tolist() == [
+        [0.0, 0.0, 20.0],
+        [30.0, 0.0, 10.0],
+    ]
     half = Codes(torch.tensor([0, 1]), Affine(torch.tensor(2.0), torch.tensor(0.5)), (2,))
     masked = half.masked(torch.tensor([True, False]))
     assert isinstance(masked.rule, Table)

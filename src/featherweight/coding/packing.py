@@ -11,7 +11,9 @@ from torch import Tensor
 
 from featherweight.coding.bits import Ints, varint, zigzag
 from featherweight.coding.records import (
+    ADDED,
     AFFINE,
+    BLOCKS,
     DECLARED,
     DTYPES,
     NARROWER,
@@ -21,6 +23,7 @@ from featherweight.coding.records import (
     SIGNS,
     SYMBOLS,
     TABLE,
+    TABLES,
     ZEROS,
     Row,
     account,
@@ -30,9 +33,10 @@ from featherweight.coding.records import (
     grid_fits,
     patterns_of,
     same_bits,
+    tables_fit,
 )
 from featherweight.coding.streams import FIXED, LARGEST, WIDEST, allowed, described, pack_symbols
-from featherweight.core.forms import Affine, Codes, Product
+from featherweight.core.forms import Affine, Codes, Product, Table, along
 from featherweight.errors import BadData
 
 FEW = 64  # elements below which planes of bytes cannot pay
@@ -84,6 +88,8 @@ def _declared(tensor: Tensor, codes: Codes, coders: tuple[int, ...]) -> Stored |
         return _affine(tensor, codes.symbols, codes.rule, decoded, coders)
     if isinstance(codes.rule, Product):
         return _product(tensor, codes.symbols, codes.rule, decoded, coders)
+    if codes.rule.axis is not None:
+        return _tables(tensor, codes.symbols, codes.rule, decoded, coders)
     return _table(tensor, coders, DECLARED)
 
 
@@ -183,15 +189,16 @@ def _affine(tensor: Tensor, symbols: Tensor, rule: Affine, decoded: Tensor, code
     """Integers, and the scale and zero point that turn them into weights."""
     integers = symbols.detach().cpu().reshape(-1)
     scale, zero = rule.scale.detach().cpu(), rule.zero_point.detach().cpu()
-    if integers.dtype not in SYMBOLS or not grid_fits(_of(tensor), scale, zero, rule.axis):
+    if integers.dtype not in SYMBOLS or not grid_fits(_of(tensor), rule):
         return None
     low, high = int(integers.min()), int(integers.max())
     if high - low >= LARGEST:
         return None
     signs = _signs(decoded, tensor, coders)
     side = (
-        _head(tensor, AFFINE | DECLARED | (SIGNS if signs else 0))
+        _head(tensor, AFFINE | DECLARED | (SIGNS if signs else 0) | (BLOCKS if rule.block else 0))
         + bytes([(0 if rule.axis is None else rule.axis + 1) | SYMBOLS.index(integers.dtype) << 5])
+        + (varint(rule.block) if rule.block else b"")
         + varint(zigzag(low))
         + varint(high - low + 1)
         + store(scale, None, (FIXED,)).data
@@ -201,14 +208,29 @@ def _affine(tensor: Tensor, symbols: Tensor, rule: Affine, decoded: Tensor, code
 
 
 def _product(tensor: Tensor, symbols: Tensor, rule: Product, decoded: Tensor, coders: tuple[int, ...]) -> Stored | None:
-    """Product codebooks: the vectors, and one symbol per block of each row."""
+    """Product codebooks: the vectors, and one symbol per block of each row, stage after stage."""
     books = rule.codebooks.detach().cpu()
-    if books.shape[1] > WIDEST or books.dtype not in DTYPES:
+    if books.shape[-2] > WIDEST or books.dtype not in DTYPES or (books.dim() == 4 and books.dtype not in ADDED):
         return None
     signs = _signs(decoded, tensor, coders)
     side = _head(tensor, PRODUCT | DECLARED | (SIGNS if signs else 0)) + store(books, None, coders).data
     flat = symbols.detach().cpu().reshape(-1).long().numpy()
-    return _finish(tensor, PRODUCT, side, flat, books.shape[1], coders, signs)
+    return _finish(tensor, PRODUCT, side, flat, books.shape[-2], coders, signs)
+
+
+def _tables(tensor: Tensor, symbols: Tensor, rule: Table, decoded: Tensor, coders: tuple[int, ...]) -> Stored | None:
+    """A table of values for each index of an axis; symbols count in the order of the values, smallest first."""
+    axis, values = rule.axis, rule.values.detach().cpu()
+    if axis is None or not tables_fit(_of(tensor), values, axis):
+        return None
+    order = values.double().argsort(dim=1, stable=True)
+    ranks = order.argsort(1)
+    spread = along(torch.arange(len(values)), axis, tensor.dim())
+    flat = ranks[spread, symbols.detach().cpu().long().view(tensor.shape)].reshape(-1).numpy()
+    signs = _signs(decoded, tensor, coders)
+    head = _head(tensor, TABLES | DECLARED | (SIGNS if signs else 0))
+    side = head + bytes([axis]) + store(values.gather(1, order), None, (FIXED,)).data
+    return _finish(tensor, TABLES, side, flat, values.shape[1], coders, signs)
 
 
 def _widths(tensor: Tensor) -> tuple[int, ...]:

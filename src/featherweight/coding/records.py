@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from featherweight.coding.bits import Ints, entropy_bits
 from featherweight.coding.streams import WIDEST, width_of
+from featherweight.core.forms import Affine
 
 # The position in this table is the number in the file.
 DTYPES = (
@@ -33,16 +35,18 @@ DTYPES = (
     torch.float8_e4m3fn,
     torch.float8_e5m2,
 )
-RAW, PLANES, TABLE, AFFINE, PRODUCT = range(5)
-LAYOUTS = ("raw", "planes", "table", "affine", "product")
+RAW, PLANES, TABLE, AFFINE, PRODUCT, TABLES = range(6)
+LAYOUTS = ("raw", "planes", "table", "affine", "product", "tables")
 DECLARED = 0x08  # the codes of the tensor were declared, and are declared again when it is read
 SIGNS = 0x10  # some zeros of the weight have another sign than its codes say: a stream of signs follows
+BLOCKS = 0x20  # the integer grid has a scale for each run of so many weights
 ZEROS = 15  # storage of a raw tensor: every bit is zero, nothing follows
 # Types in which raw elements may be stored if each is exactly representable. The number in the file is the position
 # plus one; 0 is the tensor's own type.
 NARROWER = (torch.bfloat16, torch.float16, torch.float32, torch.uint8, torch.int8, torch.int16, torch.int32)
 SYMBOLS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # the types that an integer grid may have
+ADDED = (torch.float32, torch.float64)  # the types in which the stages of a product are added
 PATTERNS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -124,15 +128,26 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and bool(np.array_equal(bytes_of(a), bytes_of(b)))
 
 
-def grid_fits(head: tuple[tuple[int, ...], torch.dtype], scale: Tensor, zero: Tensor, axis: int | None) -> bool:
-    """Whether a scale and zero point can belong to a tensor: scalars, or one value per index of `axis`."""
-    shape, dtype = head
-    if axis is not None and not 0 <= axis < min(len(shape), 31):
+def grid_fits(head: tuple[tuple[int, ...], torch.dtype], rule: Affine) -> bool:
+    """Whether a scale and zero point can belong to a tensor: scalars, one value per index of the axis, or per block."""
+    (shape, dtype), axis, block = head, rule.axis, rule.block
+    scale, zero = rule.scale, rule.zero_point
+    if axis is not None and not (block is None and 0 <= axis < min(len(shape), 31)):
         return False
-    sizes = {1} if axis is None else {1, shape[axis]}
+    if block is not None and (block < 1 or prod(shape) % block):
+        return False
+    several = shape[axis] if axis is not None else prod(shape) // block if block else 1
+    sizes = {1, several}
     return (
         scale.dtype == dtype
         and dtype in FLOATS
         and zero.dtype in (*FLOATS, *SYMBOLS)
         and all(t.dim() <= 1 and t.numel() in sizes for t in (scale, zero))
     )
+
+
+def tables_fit(head: tuple[tuple[int, ...], torch.dtype], values: Tensor, axis: int) -> bool:
+    """Whether tables of shape (size of the axis, k) can belong to a tensor."""
+    shape, dtype = head
+    sizes = values.dim() == 2 and axis < len(shape) and values.shape[0] == shape[axis] and 0 < values.shape[1] <= WIDEST
+    return sizes and values.dtype == dtype and dtype in FLOATS

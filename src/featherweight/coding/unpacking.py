@@ -12,7 +12,9 @@ from torch import Tensor
 
 from featherweight.coding.bits import Ints, Reader
 from featherweight.coding.records import (
+    ADDED,
     AFFINE,
+    BLOCKS,
     DECLARED,
     DTYPES,
     FLOATS,
@@ -24,6 +26,7 @@ from featherweight.coding.records import (
     SIGNS,
     SYMBOLS,
     TABLE,
+    TABLES,
     ZEROS,
     Row,
     account,
@@ -31,6 +34,7 @@ from featherweight.coding.records import (
     counts,
     from_bytes,
     grid_fits,
+    tables_fit,
 )
 from featherweight.coding.streams import LARGEST, WIDEST, unpack_symbols
 from featherweight.core.forms import Affine, Codes, Product, Table
@@ -94,7 +98,7 @@ def read_tensor(reader: Reader, depth: int = 0) -> Packed:
     head = _read_head(reader)
     kind = reader.byte()
     layout = kind & 7
-    if layout not in BODIES or (depth and layout in (AFFINE, PRODUCT)) or depth > 2:
+    if layout not in BODIES or (depth and layout in (AFFINE, PRODUCT, TABLES)) or depth > 2:
         raise FormatError(f"the file is corrupt or newer: a tensor has the unknown layout {layout}")
     side = reader.position - start
     body = BODIES[layout](reader, head, kind, depth)
@@ -172,9 +176,11 @@ def _read_affine(reader: Reader, head: Head, kind: int, depth: int) -> Body:
     (shape, _), start = head, reader.position
     first = reader.byte()
     axis = (first & 31) - 1 if first & 31 else None
+    block = reader.varint() if kind & BLOCKS else None
     low, size = reader.signed(), reader.varint()
     scale, zero = read_tensor(reader, depth + 1).tensor, read_tensor(reader, depth + 1).tensor
-    if not grid_fits(head, scale, zero, axis):
+    rule = Affine(scale, zero, axis, block)
+    if not grid_fits(head, rule):
         raise FormatError("the file is corrupt: a scale or zero point does not fit the tensor of its integer grid")
     if first >> 5 >= len(SYMBOLS) or not 0 < size <= LARGEST:
         raise FormatError(f"the file is corrupt: an integer grid has type {first >> 5} and {size} symbols")
@@ -186,7 +192,7 @@ def _read_affine(reader: Reader, head: Head, kind: int, depth: int) -> Body:
     symbols, coder = unpack_symbols(reader, prod(shape), size)
     streams = [counts(symbols, size)]
     symbols += low
-    codes = Codes(torch.from_numpy(symbols).to(integers).view(shape), Affine(scale, zero, axis), shape)
+    codes = Codes(torch.from_numpy(symbols).to(integers).view(shape), rule, shape)
     del symbols
     kept = codes if kind & DECLARED else None
     return _signed(reader, head, kind, Body(codes.decode(), side, coder, streams, size, kept))
@@ -196,16 +202,33 @@ def _read_product(reader: Reader, head: Head, kind: int, depth: int) -> Body:
     (shape, dtype), start = head, reader.position
     books = read_tensor(reader, depth + 1).tensor
     rows = shape[0] if shape else 0
-    fits = books.dim() == 3 and books.dtype == dtype and rows * books.shape[0] * books.shape[2] == prod(shape)
-    if not fits or not books.numel() or not rows or books.shape[1] > WIDEST:
+    fits = books.dim() in (3, 4) and books.dtype == dtype and (books.dim() == 3 or dtype in ADDED)
+    if not fits or not books.numel() or not rows or rows * books.shape[-3] * books.shape[-1] != prod(shape):
         raise FormatError("the file is corrupt: product codebooks do not fit their tensor")
+    if books.shape[-2] > WIDEST:
+        raise FormatError(f"the file is corrupt: a product codebook holds {books.shape[-2]} vectors")
     side = reader.position - start
-    symbols, coder = unpack_symbols(reader, rows * books.shape[0], books.shape[1])
-    streams = [counts(symbols, books.shape[1])]
-    codes = Codes(torch.from_numpy(symbols.astype(np.int32)).view(rows, books.shape[0]), Product(books), shape)
+    seen = (*books.shape[:-3], rows, books.shape[-3])
+    reader.spend((len(seen) - 2) * prod(seen) * books.shape[-1] * dtype.itemsize)  # stages are added one by one
+    symbols, coder = unpack_symbols(reader, prod(seen), books.shape[-2])
+    streams = [counts(symbols, books.shape[-2])]
+    codes = Codes(torch.from_numpy(symbols.astype(np.int32)).view(seen), Product(books), shape)
     del symbols
     kept = codes if kind & DECLARED else None
-    return _signed(reader, head, kind, Body(codes.decode(), side, coder, streams, books.shape[1], kept))
+    return _signed(reader, head, kind, Body(codes.decode(), side, coder, streams, books.shape[-2], kept))
+
+
+def _read_tables(reader: Reader, head: Head, kind: int, depth: int) -> Body:
+    (shape, _), start = head, reader.position
+    axis, values = reader.byte(), read_tensor(reader, depth + 1).tensor
+    if not tables_fit(head, values, axis):
+        raise FormatError("the file is corrupt: tables of values have another type or shape than their tensor")
+    side, size = reader.position - start, values.shape[1]
+    symbols, coder = unpack_symbols(reader, prod(shape), size)
+    codes = Codes(torch.from_numpy(symbols.astype(np.int32)).view(shape), Table(values, axis), shape)
+    streams = [counts(symbols, size)]
+    kept = codes if kind & DECLARED else None
+    return _signed(reader, head, kind, Body(codes.decode(), side, coder, streams, size, kept))
 
 
 def _signed(reader: Reader, head: Head, kind: int, body: Body) -> Body:
@@ -225,4 +248,11 @@ def _signed(reader: Reader, head: Head, kind: int, body: Body) -> Body:
     return replace(body, tensor=tensor, side=body.side + reader.position - start)
 
 
-BODIES = {RAW: _read_raw, PLANES: _read_planes, TABLE: _read_table, AFFINE: _read_affine, PRODUCT: _read_product}
+BODIES = {
+    RAW: _read_raw,
+    PLANES: _read_planes,
+    TABLE: _read_table,
+    AFFINE: _read_affine,
+    PRODUCT: _read_product,
+    TABLES: _read_tables,
+}

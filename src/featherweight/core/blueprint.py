@@ -19,6 +19,7 @@ from featherweight.core.forms import (
     Codes,
     Form,
     Product,
+    Rule,
     Stack,
     Table,
     _register,
@@ -225,7 +226,7 @@ def _codes_data(name: str, codes: Codes, keep: Callable[[str, Tensor], str]) -> 
     fields = {key: value for key, value in vars(rule).items() if isinstance(value, Tensor)}
     return {
         "rule": type(rule).__name__,
-        "axis": getattr(rule, "axis", None),
+        "places": {key: getattr(rule, key) for key in ("axis", "block") if hasattr(rule, key)},
         "shape": list(codes.shape),
         "symbols": keep(f"{name}/symbols", codes.symbols),
         "fields": {key: keep(f"{name}/{key}", value) for key, value in fields.items()},
@@ -282,10 +283,8 @@ def _form(spec: dict[str, Any], tensors: dict[str, Tensor]) -> Form:
 def codes_from(held: dict[str, Any], tensors: dict[str, Tensor]) -> Codes:
     """Codes from their stored data."""
     fields = {key: tensors[name] for key, name in held["fields"].items()}
-    if held["rule"] == "Affine":
-        rule: Any = Affine(axis=held["axis"], **fields)
-    elif held["rule"] in ("Table", "Product"):
-        rule = Table(**fields) if held["rule"] == "Table" else Product(**fields)
-    else:
-        raise unknown("rule", str(held["rule"]), ("Affine", "Table", "Product"))
+    rules: dict[str, Callable[..., Rule]] = {"Affine": Affine, "Table": Table, "Product": Product}
+    if held["rule"] not in rules:
+        raise unknown("rule", str(held["rule"]), rules)
+    rule = rules[held["rule"]](**fields, **held["places"])
     return Codes(tensors[held["symbols"]], rule, tuple(held["shape"]))

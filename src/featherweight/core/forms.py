@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,15 +27,23 @@ from featherweight.errors import BadOption, FormatError, shown, unknown
 class Affine:
     """`weight = (symbol - zero_point) * scale`, one scale and zero point in all or one per index of `axis`.
 
-    The difference of two integers is exact, whatever their types: in torch, bytes would wrap around.
+    With `block` (and no axis) there is one per run of `block` consecutive weights, row-major. The difference of two
+    integers is exact, whatever their types: in torch, bytes would wrap around.
     """
 
     scale: Tensor
     zero_point: Tensor
     axis: int | None = None
+    block: int | None = None
+
+    def spread(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Scales or zero points, shaped to broadcast over a weight of `shape`."""
+        if self.block is None or values.numel() == 1:
+            return along(values, self.axis, len(shape))
+        return values.repeat_interleave(self.block).view(shape)
 
     def decode(self, symbols: Tensor, shape: tuple[int, ...]) -> Tensor:
-        scale, zero = along(self.scale, self.axis, len(shape)), along(self.zero_point, self.axis, len(shape))
+        scale, zero = self.spread(self.scale, shape), self.spread(self.zero_point, shape)
         whole = not zero.is_floating_point()
         difference = (symbols.long() if whole else symbols.to(zero.dtype)).view(shape) - zero
         return difference.to(self.scale.dtype) * scale
@@ -42,24 +51,32 @@ class Affine:
 
 @dataclass(frozen=True)
 class Table:
-    """`weight = values[symbol]`."""
+    """`weight = values[symbol]`, values of shape (k,); with `axis` a table for each of its indices, shape (size, k)."""
 
     values: Tensor
+    axis: int | None = None
 
     def decode(self, symbols: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return self.values[symbols.long()].view(shape)
+        chosen = symbols.long().view(shape)
+        if self.axis is None:
+            return self.values[chosen]
+        return self.values[along(torch.arange(len(self.values)), self.axis, len(shape)), chosen]
 
 
 @dataclass(frozen=True)
 class Product:
     """Product codebook: `codebooks` (m, k, d) hold k vectors for each block of d columns of the flattened weight.
 
-    `symbols` are (out, m); `weight[o, block j] = codebooks[j, symbols[o, j]]`.
+    `symbols` are (out, m); `weight[o, block j] = codebooks[j, symbols[o, j]]`. Codebooks of shape (t, m, k, d) are t
+    stages with symbols of shape (t, out, m): what the stages give is added, the first two first.
     """
 
     codebooks: Tensor
 
     def decode(self, symbols: Tensor, shape: tuple[int, ...]) -> Tensor:
+        if self.codebooks.dim() == 4:
+            stages = zip(self.codebooks, symbols, strict=True)
+            return reduce(torch.add, (Product(books).decode(own, shape) for books, own in stages))
         blocks = [self.codebooks[j, symbols[:, j].long()] for j in range(self.codebooks.shape[0])]
         return torch.cat(blocks, 1).view(shape)
 
@@ -81,11 +98,16 @@ class Codes:
 
     def masked(self, keep: Tensor) -> Codes:
         """The same codes with zeros where `keep` is False; a rule without a zero becomes a table that has one."""
-        if isinstance(self.rule, Affine):
-            zero = along(self.rule.zero_point, self.rule.axis, len(self.shape))
+        rule = self.rule
+        if isinstance(rule, Affine):
+            zero = rule.spread(rule.zero_point, self.shape)
             if bool((zero == zero.round()).all()):
                 symbols = torch.where(keep, self.symbols.view(self.shape), zero.to(self.symbols.dtype))
                 return replace(self, symbols=symbols)
+        if isinstance(rule, Table) and rule.axis is not None:
+            zeros = rule.values.new_zeros(len(rule.values), 1)
+            symbols = torch.where(keep, self.symbols.view(self.shape).int(), rule.values.shape[1])
+            return Codes(symbols, Table(torch.cat([rule.values, zeros], 1), rule.axis), self.shape)
         return from_values(torch.where(keep, self.decode(), 0.0))
 
 
