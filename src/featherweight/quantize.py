@@ -9,15 +9,15 @@ from torch import nn
 
 from featherweight.allowed import Amount, Bits, Count, Positive, checked
 from featherweight.catalogue import Slot, fill
+from featherweight.core.calibration import calibrate, remark
 from featherweight.core.fit import Optimizers
 from featherweight.core.flow import follow
 from featherweight.core.forms import Form, attach
 from featherweight.core.grids import ActivationGrid, Place, Seen
 from featherweight.core.ledger import note, skip
-from featherweight.core.progress import track
 from featherweight.core.site import PerLayer, Site, per_layer
 from featherweight.core.surgery import WhereLinearOrConv2d
-from featherweight.core.task import Task, eval_mode, length, run
+from featherweight.core.task import Task
 from featherweight.errors import CompressionError
 
 Grid = Callable[[Site, int], Form]
@@ -78,6 +78,8 @@ def quantize(
     if weights is not None:
         grid = fill("grid", weights)
         for path, site in chosen.items():
+            if not site.weight.any():
+                note(f"the weights of {path} are all zero: they stay zero, on a grid of step one")
             attach(site.module, grid(site, bits[path]), root=model)
     if acts is not None:
         layers = {path: site.module for path, site in chosen.items()}
@@ -125,17 +127,9 @@ def _place(model: nn.Module, task: Task, places: list[Place], make: Range, bits:
             attach(model.get_submodule(path), watcher, at)
     facts: dict[str, bool] = getattr(make, "__ingredient__", ("range", {}))[1]
     if facts.get("calibrated", True):
-        _calibrate(model, task, batches)
-    for place, watcher in zip(places, seen, strict=True):
-        grid = make(watcher, bits)
+        calibrate(model, task, batches)
+    grids = [make(watcher, bits) for watcher in seen]
+    for place, grid in zip(places, grids, strict=True):
         for path, at in place.sites:
             attach(model.get_submodule(path), grid, at)
-
-
-def _calibrate(model: nn.Module, task: Task, batches: int) -> None:
-    """Runs batches through the model."""
-    data = task.calibrating()
-    total = min(batches, length(data) or batches)
-    with eval_mode(model):
-        for _, batch in zip(range(batches), track(data, "calibrate", total), strict=False):
-            run(model, task, batch)
+    remark(places, seen, [float(grid.scale) for grid in grids], bits)

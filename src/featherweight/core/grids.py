@@ -183,6 +183,11 @@ class Seen(Form):
         return value
 
     @property
+    def drawn(self) -> Tensor:
+        """Values that passed, shape (n,), drawn at random from every call."""
+        return torch.cat(self.parts)
+
+    @property
     def sample(self) -> Tensor:
-        """Values that passed, shape (n,), drawn at random from every call; the limits are among them."""
+        """The same with the limits, each once more, behind them."""
         return torch.cat([*self.parts, torch.tensor([self.low, self.high])])

@@ -44,6 +44,7 @@ def fused(model: nn.Module, task: Task, layers: Mapping[str, nn.Module]) -> list
     for step in plan.flow.steps:
         if step.layer is not None:
             plan.grid_of.setdefault(step.reads[0], step.reads[0])
+    plan.tell_float()
     for path in layers.keys() - {step.layer for step in plan.flow.steps}:
         skip(path, "its inputs are not quantized: the example inputs do not reach it, or its forward is not called")
     return plan.places()
@@ -98,6 +99,15 @@ class _Plan:
         if len(readers) == 1 and readers[0].name in CLAMPS and tensor not in self.flow.outputs:
             self.clamp[tensor] = _limits(readers[0])
             self.clamped.add(readers[0].makes[0])
+
+    def tell_float(self) -> None:
+        """Notes the operators that no integer kernel can compute, between layers that are quantized."""
+        reading = [s for s in self.flow.steps if s.layer is None and set(s.reads) & self.made]
+        whole = {s.makes for s in reading if s.name in MOVES | CLAMPS | JOINS and set(s.makes) & self.grid_of.keys()}
+        floats = Counter(s.name for s in reading if s.makes and s.makes not in whole and s.name not in MOVES)
+        if floats:
+            told = ", ".join(f"{name} ({count}x)" for name, count in sorted(floats.items()))
+            note(f"operators that cannot be quantized stay float: {told}")
 
     def places(self) -> list[Place]:
         """The places of all grids, in the order of the network."""

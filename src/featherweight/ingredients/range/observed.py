@@ -34,7 +34,7 @@ def percentile(seen: Seen, bits: int) -> ActivationGrid:
     >>> bool(percentile(seen, 8).scale < 0.1)
     True
     """
-    values = seen.sample.double() if seen.parts else torch.zeros(1, dtype=torch.float64)
+    values = seen.drawn.double() if seen.parts else torch.zeros(1, dtype=torch.float64)
     low, high = (float(torch.quantile(values, q)) for q in ((1 - KEPT) / 2, (1 + KEPT) / 2))
     return covering(low, high, bits)
 
