@@ -25,7 +25,7 @@ def entropy(seen: Seen, bits: int) -> ActivationGrid:
 
     >>> seen = Seen()
     >>> _ = seen(torch.cat([torch.linspace(0, 1, 4000), torch.tensor([50.0])]))
-    >>> bool(entropy(seen, 8).scale < 0.01)
+    >>> bool(entropy(seen, 8).scale < 0.03)
     True
     """
     if not seen.parts:
