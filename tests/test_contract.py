@@ -223,6 +223,7 @@ REFUSALS = {
     ("dorefa", "recurrent"): "pass keep_first_last=False",
     ("fitnets", "recurrent"): "pass a deeper network",
     ("fitnets", "regression"): "need the scores of at least two classes",
+    ("gong_pq", "recurrent"): "pass a larger one",
     ("gsl", "dictionary"): "choose a method that counts weights",
     ("gsl", "recurrent"): "choose a method that counts weights",
     ("gsl", "regression"): "choose a method that counts weights",
