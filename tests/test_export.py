@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from featherweight.core.forms import Affine, Codes, attach, bake, declare_codes
+from featherweight.core.forms import Affine, Codes, Product, Table, attach, bake, declare_codes
 from featherweight.core.grids import ActivationGrid, SymmetricGrid, covering
 from featherweight.core.task import Task, evaluate
 from featherweight.errors import BadData, BadOption, ExportError, FormatError, TraceError
@@ -167,6 +167,50 @@ def test_codes_that_are_no_grid_are_said(images: Tensor, tmp_path: Path) -> None
     report = onnx(model, tmp_path / "m.onnx", example_inputs=images)
     assert report.int8_weights == 0
     assert any(note.startswith("1: weights stay float") for note in report.notes)
+
+
+def few(layer: nn.Module, rule: Table | Product, symbols: Tensor) -> None:
+    codes = Codes(symbols, rule, tuple(layer.weight.shape))
+    layer.weight.data.copy_(codes.decode())
+    declare_codes(layer, "weight", codes)
+
+
+TABLES = {
+    "table": (Table(torch.randn(16).double().float()), torch.randint(0, 16, (64, 32, 3, 3))),
+    "a table per channel": (Table(torch.randn(64, 4), 0), torch.randint(0, 4, (64, 32, 3, 3))),
+    "a table per input": (Table(torch.randn(32, 4), 1), torch.randint(0, 4, (64, 32, 3, 3))),
+    "vectors": (Product(torch.randn(32, 8, 9)), torch.randint(0, 8, (64, 32))),
+    "vectors in stages": (Product(torch.randn(3, 32, 8, 9)), torch.randint(0, 8, (3, 64, 32))),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_stored_as_bytes_and_looked_up_exactly(name: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(32, 64, 3))
+    few(model[0], *TABLES[name])
+    x = torch.randn(2, 32, 5, 5)
+    report = onnx(model, tmp_path / "m.onnx", example_inputs=x)
+    assert (report.kind, report.int8_weights, report.looked_up) == ("float", 0, 1)
+    assert report.difference < 1e-5
+    assert report.bytes < 0.5 * 4 * model[0].weight.numel()
+    with torch.no_grad():
+        model[0].weight.view(-1)[7] += 0.5  # the gate would see a single wrong weight
+        assert (session(tmp_path / "m.onnx")(x)[0] - model(x)).abs().max() > 0.01
+
+
+def test_codes_of_a_table_that_is_longer_than_the_weight_stay_float(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    few(model[0], Table(torch.randn(4, 8), 0), torch.arange(8).expand(4, 8))
+    assert onnx(model, tmp_path / "m.onnx", example_inputs=torch.randn(2, 8)).looked_up == 0
+
+
+def test_half_precision_is_stored_as_such(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(200, 100))
+    model[0].weight.data.copy_(model[0].weight.half())
+    report = onnx(model, tmp_path / "m.onnx", example_inputs=torch.randn(2, 200))
+    assert report.halves == 1
+    assert report.bytes < 0.55 * 4 * 20_000
+    assert report.difference < 1e-5
 
 
 class Named(nn.Module):

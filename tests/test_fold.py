@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from featherweight import zoo
 from featherweight.core.blueprint import blueprint, conform
 from featherweight.core.fold import fold_batchnorm
-from featherweight.core.forms import Mask, attach, mask_of
+from featherweight.core.forms import Affine, Codes, Mask, Product, Table, attach, codes_of, declare_codes, mask_of
 from featherweight.core.ledger import recording
 
 
@@ -134,3 +134,43 @@ def test_the_model_trains_on() -> None:
     model = fold_batchnorm(shaken(zoo.build("vgg:width=0.25")), torch.randn(2, 1, 28, 28)).train()
     model(torch.randn(2, 1, 28, 28)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+RULES = {
+    "per tensor": Affine(torch.tensor(0.25), torch.tensor(0)),
+    "per channel": Affine(torch.arange(1, 9) / 8, torch.arange(8) % 3, 0),
+    "per block": Affine(torch.arange(1, 17) / 8, torch.tensor(1), block=18),
+    "levels around zero": Affine(torch.tensor(0.5), torch.tensor(1.5)),
+    "a table": Table(torch.tensor([-1.0, 0.0, 0.5, 3.0])),
+    "a table per channel": Table(torch.randn(8, 4), 0),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_codes_are_scaled_with_the_weight_and_stay_integers(name: str) -> None:
+    rule = RULES[name]
+    model = shaken(nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), nn.BatchNorm2d(8)))
+    model[1].weight.data[:3] = torch.tensor([-1.0, 0.0, 2.0])  # one channel turns its sign, one is gone
+    codes = Codes(torch.randint(0, 4, (8, 4, 3, 3)), rule, (8, 4, 3, 3))
+    model[0].weight.data.copy_(codes.decode())
+    declare_codes(model[0], "weight", codes)
+    folded = same_after_folding(model, torch.randn(2, 4, 5, 5))
+    found = codes_of(folded[0])
+    assert found is not None
+    assert type(found.rule) is type(rule)
+    assert torch.equal(found.decode(), folded[0].weight)
+    assert len(found.symbols[0].unique()) <= 4
+    if isinstance(found.rule, Affine) and name != "levels around zero":
+        assert (found.rule.scale > 0).all()
+        assert torch.equal(found.symbols[3:], codes.symbols[3:]) or bool((model[1].weight[3:] < 0).any())
+
+
+def test_a_norm_behind_vectors_stays() -> None:
+    model = shaken(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)))
+    codes = Codes(torch.randint(0, 2, (4, 3)), Product(torch.randn(3, 2, 2)), (4, 6))
+    model[0].weight.data.copy_(codes.decode())
+    declare_codes(model[0], "weight", codes)
+    with recording() as ledger:
+        fold_batchnorm(model, torch.randn(2, 6))
+    assert norms(model) == 1
+    assert "no scale or table of its own" in str(vars(ledger))

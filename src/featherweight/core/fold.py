@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from featherweight.core.forms import bake, mask_zeros, masked_names
+from featherweight.core.forms import (
+    Affine,
+    Codes,
+    Product,
+    Table,
+    bake,
+    codes_of,
+    declare_codes,
+    mask_zeros,
+    masked_names,
+)
 from featherweight.core.ledger import skip
 from featherweight.core.surgery import altered, swap
 from featherweight.core.trace import graph_inputs, operator_name, trace
@@ -20,8 +31,9 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> nn.Module:
     """Multiplies every batch norm into the convolution or linear layer that it alone reads, in place.
 
     `w' = w * g / sqrt(v + eps)` and `b' = (b - m) * g / sqrt(v + eps) + beta` with the running statistics m and v, so
-    outputs in evaluation mode stay the same, and zeros stay zeros. The batch norm becomes an `nn.Identity`; one that
-    cannot be folded stays, and the reason is reported. The model is baked; what was masked is masked again.
+    outputs in evaluation mode stay the same, and zeros stay zeros. Integers behind a weight stay what they are, up to
+    their sign: its scales or tables are multiplied, one for each channel. The batch norm becomes an `nn.Identity`; one
+    that cannot be folded stays, and the reason is reported. The model is baked; what was masked is masked again.
 
     Raises:
         TraceError: the model cannot be traced.
@@ -102,6 +114,8 @@ def _layer_before(node: fx.Node, names: dict[str, str], owners: dict[str, list[n
         return "the weight before it is shared, or belongs to no layer"
     if reason := altered(layers[0]):
         return reason
+    if (codes := codes_of(layers[0])) is not None and not scalable(codes, layers[0]):
+        return "the codes of the layer before it have no scale or table of its own for each channel"
     reasons = {
         "the output of the layer before it is read elsewhere too": len(before.users) > 1,
         "the layer before it is used more than once": len(weight.users) > 1,
@@ -126,11 +140,51 @@ def _fold(layer: Any, norm: Any) -> None:
         scaled = weight * spread.view(*spread.shape, *([1] * (weight.dim() - 2)))
     else:
         scaled = weight * factor.view([-1 if d == axis else 1 for d in range(weight.dim())])
-    dtype = layer.weight.dtype
+    dtype, codes = layer.weight.dtype, codes_of(layer)
     layer.weight.copy_(scaled.to(dtype))
+    if codes is not None:
+        codes = scaled_codes(codes, factor.cpu())
+        declare_codes(layer, "weight", codes)
+        layer.weight.copy_(codes.decode())
     moved = ((bias - norm.running_mean.double()) * factor + offset).to(dtype)
     if layer.bias is None:
         layer.bias = nn.Parameter(moved)
         layer._fw_swapped = True  # the container rebuilds this layer with the bias that its class does not give it
     else:
         layer.bias.copy_(moved)
+
+
+def scalable(codes: Codes, layer: nn.Module) -> bool:
+    """Whether codes can be multiplied by a factor for each output channel and stay the integers that they are."""
+    if isinstance(layer, nn.ConvTranspose2d) or isinstance(codes.rule, Product):
+        return False
+    row = codes.decode()[0].numel()
+    return codes.rule.axis in (None, 0) and not (isinstance(codes.rule, Affine) and row % (codes.rule.block or row))
+
+
+def scaled_codes(codes: Codes, factor: Tensor) -> Codes:
+    """The codes of `weight * factor`, one factor for each index of the first dimension: the same integers, or, where a
+    factor is negative, their mirror images, so that scales stay positive.
+    """
+    rule = codes.rule
+    if isinstance(rule, Table):
+        values = rule.values.double().expand(len(factor), -1) * factor.view(-1, 1)
+        return replace(codes, rule=Table(values.to(rule.values.dtype), 0))
+    assert isinstance(rule, Affine), "scalable() has said so"
+    by_row = factor.view([-1] + [1] * (len(codes.shape) - 1))
+    zero = rule.spread(rule.zero_point, codes.shape).double()
+    symbols = codes.symbols.view(codes.shape).double()
+    turned = torch.where(by_row < 0, 2 * zero - symbols, torch.where(by_row == 0, zero, symbols))
+    scale = rule.scale.double().reshape(1 if rule.scale.numel() == 1 else len(factor), -1) * factor.view(-1, 1)
+    if bool((turned == turned.round()).all()):  # else zero is no integer, and only the scale can take the sign
+        symbols, scale = turned, torch.where(scale == 0, 1.0, scale.abs())
+    axis = None if rule.block else 0
+    return replace(codes, symbols=_narrow(symbols), rule=replace(rule, scale=scale.flatten().to(rule.scale), axis=axis))
+
+
+def _narrow(symbols: Tensor) -> Tensor:
+    """Integers in the smallest signed type that holds them."""
+    limits = symbols.aminmax()
+    types = (torch.int8, torch.int16, torch.int32)
+    fits = [t for t in types if torch.iinfo(t).min <= limits.min and limits.max <= torch.iinfo(t).max]
+    return symbols.to([*fits, torch.int64][0])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from featherweight.core.forms import ACTIVATIONS, Affine, Codes, Table, activation_form, along, codes_of
+from featherweight.core.forms import ACTIVATIONS, Affine, Codes, Product, Table, activation_form, along, codes_of
 from featherweight.core.grids import ActivationGrid, Steps
 
 STORED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Embedding)
@@ -22,6 +22,8 @@ class Lowered:
 
     model: nn.Module
     weights: int = 0
+    looked_up: int = 0
+    halves: int = 0
     grids: int = 0
     notes: list[str] = field(default_factory=list)
 
@@ -44,16 +46,25 @@ def lower(model: nn.Module) -> Lowered:
 
 
 def _lower_weight(lowered: Lowered, path: str, module: nn.Module) -> None:
-    codes = codes_of(module) if isinstance(module, STORED) else None
-    if codes is None:
+    if not isinstance(module, STORED):
         return
-    found = int8(codes)
-    if found is None:
+    codes = codes_of(module)
+    stored: nn.Module | None
+    if codes is not None and (found := int8(codes)) is not None:
+        stored = Stored(*found)
+        lowered.weights += 1
+    elif codes is not None and (stored := looked_up(codes)) is not None:
+        lowered.looked_up += 1
+    elif torch.equal(module.weight.half().float(), module.weight):
+        stored = Halved(module.weight.detach().half())
+        lowered.halves += 1
+    elif codes is not None:
         kind = type(codes.rule).__name__.lower()
-        lowered.notes.append(f"{path}: weights stay float, exact (their {kind} codes are no int8 grid)")
+        lowered.notes.append(f"{path}: weights stay float, exact (their {kind} codes are no int8 grid or short table)")
         return
-    parametrize.register_parametrization(module, "weight", Stored(*found), unsafe=True)
-    lowered.weights += 1
+    else:
+        return
+    parametrize.register_parametrization(module, "weight", stored, unsafe=True)
 
 
 def int8(codes: Codes) -> tuple[Tensor, Tensor, int] | None:
@@ -65,7 +76,7 @@ def int8(codes: Codes) -> tuple[Tensor, Tensor, int] | None:
     rule = codes.rule
     if isinstance(rule, Table):
         return _even(codes, rule)
-    if not isinstance(rule, Affine):
+    if not isinstance(rule, Affine) or rule.block is not None:
         return None
     centred = codes.symbols.view(codes.shape) - along(rule.zero_point, rule.axis, len(codes.shape)).double()
     half = 1 if bool((centred == centred.round()).all()) else 2
@@ -86,6 +97,62 @@ def _even(codes: Codes, table: Table) -> tuple[Tensor, Tensor, int] | None:
     if not bool((symbols.abs() <= 127).all()) or not torch.equal(symbols * step, codes.decode()):
         return None
     return symbols.to(torch.int8), step.clone(), 0
+
+
+def looked_up(codes: Codes) -> LookedUp | None:
+    """Codes as bytes that point into tables, equal to the weight bit for bit; None where they would be longer."""
+    rule, symbols, shape = codes.rule, codes.symbols.long(), codes.shape
+    offset = torch.zeros((), dtype=torch.int64)
+    if isinstance(rule, Product):
+        vectors = rule.codebooks.reshape(-1, rule.codebooks.shape[-1])
+        books, size = rule.codebooks.shape[-3], rule.codebooks.shape[-2]
+        offset = size * torch.arange(len(vectors) // size).view(-1, 1, books)
+        symbols = symbols.view(-1, shape[0], books)
+    elif isinstance(rule, Table):
+        vectors, size = rule.values.reshape(-1, 1), rule.values.shape[-1]
+        symbols = symbols.view(shape)
+        if rule.axis is not None:
+            offset = along(size * torch.arange(len(rule.values)), rule.axis, len(shape))
+        symbols = symbols.unsqueeze(0)
+    else:
+        return None
+    short = size <= 256 and symbols.numel() + 4 * vectors.numel() < 4 * codes.decode().numel()
+    return LookedUp(symbols.to(torch.uint8), offset, vectors, shape) if short else None
+
+
+class LookedUp(nn.Module):
+    """A weight whose values stand in tables: `sum over stages of vectors[symbols + offset]`, seen as `shape`."""
+
+    symbols: Tensor
+    offset: Tensor
+    vectors: Tensor
+
+    def __init__(self, symbols: Tensor, offset: Tensor, vectors: Tensor, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("symbols", symbols)
+        self.register_buffer("offset", offset)
+        self.register_buffer("vectors", vectors)
+        self.shape = shape
+
+    def forward(self, weight: Tensor) -> Tensor:
+        stages = self.vectors[self.symbols.to(torch.int64) + self.offset]
+        total = stages[0]
+        for stage in stages[1:]:
+            total = total + stage
+        return total.reshape(self.shape)
+
+
+class Halved(nn.Module):
+    """A weight that half precision holds exactly."""
+
+    half_precision: Tensor
+
+    def __init__(self, half: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("half_precision", half)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.half_precision.to(torch.float32)
 
 
 class Stored(nn.Module):

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from onnx import ModelProto
+from onnxscript import optimizer
+from onnxscript.rewriter import onnx_fusions
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -37,6 +39,7 @@ from featherweight.export.lower import lower, translations
 from featherweight.export.runtime_session import Session, first_line
 
 OPSET = 20
+KEPT = (".symbols", ".half_precision")  # buffers of weights that are computed from what is stored
 FLOAT_TOLERANCE = 1e-4  # of the largest output; float kernels sum in another order
 GRID_TOLERANCE = 0.02  # the same on grids, where a value next to a rounding edge lands a step away now and then
 RUNTIME_TOLERANCE = 0.05  # ONNX Runtime multiplies int8 matrices with inputs that it rounds to int8 by itself
@@ -49,6 +52,8 @@ class ExportReport:
     Attributes:
         kind: "float", "weights" (int8 weights, float arithmetic) or "qdq" (int8 weights and activations).
         int8_weights: how many layers store their weights as int8.
+        looked_up: how many store them as bytes that point into a table of values or vectors, executed in float.
+        halves: how many store them in half precision, exactly, executed in float.
         moved: the largest change of a weight or bias by the export, relative to the largest of its tensor; weights
             never move, biases that become int32 by half a step at most.
         difference: the largest difference to the module on the example inputs, relative to its largest output; None
@@ -64,6 +69,8 @@ class ExportReport:
     dynamic_batch: bool
     kind: str
     int8_weights: int
+    looked_up: int
+    halves: int
     moved: float
     difference: float | None
     optimized: float | None
@@ -86,7 +93,9 @@ def onnx(
 ) -> ExportReport:
     """Writes a model as ONNX, whole or not at all; the same model gives the same bytes. The model is not changed.
 
-    The first dimension of the inputs is dynamic. Weights with declared int8 codes become int8 initializers, grids on
+    The first dimension of the inputs is dynamic. Weights with declared int8 codes become int8 initializers, those with
+    tables of at most 256 values or vectors become bytes and a table, those that half precision holds exactly become
+    halves; grids on
     activations become QuantizeLinear and DequantizeLinear, biases between the two int32; everything else is float and
     exact.
 
@@ -129,6 +138,8 @@ def onnx(
         dynamic_batch=dynamic,
         kind=kind,
         int8_weights=lowered.weights,
+        looked_up=lowered.looked_up,
+        halves=lowered.halves,
         moved=moved,
         difference=difference,
         optimized=optimized,
@@ -262,7 +273,11 @@ def _to_onnx(program: Any, names: tuple[list[str], list[str]], opset: int) -> Mo
                 output_names=names[1],
                 opset_version=opset,
                 custom_translation_table=translations(),
+                optimize=False,
             )
+            if exported is not None:
+                optimizer.optimize_ir(exported.model, should_fold=_may_fold)
+                onnx_fusions.fuse(exported.model)
     except Exception as error:
         raise ExportError(
             f"the model cannot be written as ONNX ({_unsupported(error)}): keep the module itself "
@@ -272,6 +287,12 @@ def _to_onnx(program: Any, names: tuple[list[str], list[str]], opset: int) -> Mo
         raise ExportError("the model cannot be written as ONNX: torch.onnx returned nothing")
     proto: ModelProto = exported.model_proto
     return proto
+
+
+def _may_fold(node: Any) -> bool | None:
+    """Keeps weights as they are stored, where the optimizer would compute short ones; None leaves the choice to it."""
+    names = [value.name or "" for value in node.inputs if value is not None]
+    return False if any(".parametrizations." in name and name.endswith(KEPT) for name in names) else None
 
 
 def _unsupported(error: BaseException) -> str:
