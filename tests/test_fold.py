@@ -173,4 +173,4 @@ def test_a_norm_behind_vectors_stays() -> None:
     with recording() as ledger:
         fold_batchnorm(model, torch.randn(2, 6))
     assert norms(model) == 1
-    assert "no scale or table of its own" in str(vars(ledger))
+    assert "no scale or table of its own" in ledger.skipped["1"]

@@ -220,3 +220,36 @@ def test_fused_places_cover_a_residual_block() -> None:
     quantize(model, Task(valid=[x], calibration=[x]), acts="minmax", place="fused")
     with torch.no_grad():
         assert float((model(x) - before(x)).abs().max() / before(x).abs().max()) < 0.05
+
+
+def test_what_is_on_a_coarser_grid_stays_there() -> None:
+    model, task = small_cnn(), small_task()
+    four = bake(quantize(model, task, weight_bits=4))
+    before = codes_of(four.get_submodule("3"))
+    with recording() as ledger:
+        eight = bake(quantize(copy.deepcopy(four), task, weight_bits=8))
+    after = codes_of(eight.get_submodule("3"))
+    assert before is not None
+    assert after is not None
+    assert torch.equal(before.symbols, after.symbols)
+    assert any("keep the integers" in str(line) for line in ledger.notes)
+    two = codes_of(bake(quantize(four, task, weight_bits=2)).get_submodule("3"))
+    assert two is not None
+    assert int(two.symbols.abs().max()) == 1
+
+
+def test_norms_fold_into_the_grids_that_were_trained() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4))
+    task = small_task()
+    trained = quantize(model, task, weight_bits=3, acts="mse", epochs=2, lr=1e-2)
+    plain, x = bake(copy.deepcopy(trained)).eval(), task.inputs()[0][0]
+    held = codes_of(plain[0])
+    folded = quantize(copy.deepcopy(model), task, weights=None, acts=None, grads="dorefa_gradient", fold=True).eval()
+    assert isinstance(folded[1], nn.Identity)
+    found = codes_of(folded[0])
+    assert held is not None
+    assert found is not None
+    assert torch.equal(found.symbols.abs(), held.symbols.abs())
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), plain(x), rtol=1e-4, atol=1e-5)

@@ -12,7 +12,8 @@ from featherweight.catalogue import Slot, fill
 from featherweight.core.calibration import calibrate, remark
 from featherweight.core.fit import Optimizers
 from featherweight.core.flow import follow
-from featherweight.core.forms import Form, attach
+from featherweight.core.fold import fold_batchnorm
+from featherweight.core.forms import Affine, Form, attach, codes_of, has_forms
 from featherweight.core.grids import ActivationGrid, Place, Seen
 from featherweight.core.ledger import note, skip
 from featherweight.core.site import PerLayer, Site, per_layer
@@ -45,12 +46,14 @@ def quantize(
     epochs: Amount = 0,
     lr: Positive = 1e-4,
     optimizer: Optimizers = None,
+    fold: bool = False,
     where: WhereLinearOrConv2d = None,
 ) -> nn.Module:
     """Puts weights, activations and gradients of Linear and Conv2d layers on grids, trains through them, returns.
 
     The grids stay on the model as forms: a later method trains through them, the file and the ONNX export read the
-    integers from them.
+    integers from them. Weights that an earlier method left on an integer grid of no more bits keep it, unless they are
+    trained here.
 
     Args:
         weights: an ingredient `(site, bits) -> Form`, or None to leave weights alone.
@@ -65,6 +68,8 @@ def quantize(
         epochs: training through the grids.
         lr: learning rate of that training.
         optimizer: "adam" (default), "adamw" or "sgd".
+        fold: multiply batch norms into the weights when all is done, as inference does: the integers stay, their
+            scales change.
         where: which layers; all Linear and Conv2d layers when left out.
 
     Raises:
@@ -80,7 +85,10 @@ def quantize(
         for path, site in chosen.items():
             if not site.weight.any():
                 note(f"the weights of {path} are all zero: they stay zero, on a grid of step one")
-            attach(site.module, grid(site, bits[path]), root=model)
+            if epochs or not _on_grid(site, bits[path]):
+                attach(site.module, grid(site, bits[path]), root=model)
+            else:
+                note(f"{path}: its weights keep the integers that an earlier method gave them")
     if acts is not None:
         layers = {path: site.module for path, site in chosen.items()}
         places = fill("place", place)(model, task, layers)
@@ -94,7 +102,16 @@ def quantize(
     )
     if epochs:
         task.fit(model, task, epochs=epochs, lr=lr, optimizer=optimizer, label="train on the grids")
-    return model
+    return fold_batchnorm(model, task.inputs()) if fold else model
+
+
+def _on_grid(site: Site, bits: int) -> bool:
+    """Whether the weights of a layer are integers of so many bits already."""
+    codes = None if has_forms(site.module, site.name) else codes_of(site.module, site.name)
+    if codes is None or not isinstance(codes.rule, Affine):
+        return False
+    centred = codes.symbols.view(codes.shape) - codes.rule.spread(codes.rule.zero_point, codes.shape).double()
+    return bool((centred == centred.round()).all()) and float(centred.abs().max()) <= max(1, 2 ** (bits - 1) - 1)
 
 
 def _told(weights: bool, bits: Mapping[str, int], chosen: Mapping[str, Site], *rest: object) -> str:
