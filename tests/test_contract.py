@@ -221,6 +221,7 @@ BEYOND = {"regression": _regression, "segmentation": _segmentation, "dictionary"
 # exactly these may refuse, and the cure that they name; every other method works on every kind
 REFUSALS = {
     ("dorefa", "recurrent"): "pass keep_first_last=False",
+    ("equalize", "recurrent"): "leave equalize out",
     ("fitnets", "recurrent"): "pass a deeper network",
     ("fitnets", "regression"): "need the scores of at least two classes",
     ("gong_pq", "recurrent"): "pass a larger one",
