@@ -240,7 +240,23 @@ def nested(depth: int) -> dict:
     return linear() if depth == 0 else {"type": "Sequential", "layers": {"0": nested(depth - 1)}}
 
 
+def hashed(*structure: object, **args: object) -> dict:
+    sizes = {"in_features": 8, "out_features": 4, "bias": False, "structure": list(structure)}
+    return {"type": "StructuredLinear", "args": {**sizes, **args}}
+
+
 SWAPS = {
+    "a structure that does not exist": (hashed("magic", 1), "as structure"),
+    "a structure of too many settings": (hashed("hashed", 4, 0, 0), "as structure"),
+    "a structure of a large seed": (hashed("hashed", 4, 1 << 62 | 1), "as structure"),
+    "a structure of a true seed": (hashed("circulant", True), "as structure"),
+    "a structure that is no list": (hashed(structure="circulant"), "as structure"),
+    "a structure within a structure": (hashed("hashed", [4], 0), "as structure"),
+    "a matrix of 2^40 entries from one": (
+        hashed("hashed", 1, 0, in_features=1 << 20, out_features=1 << 20),
+        "1 to 268435456",
+    ),
+    "a matrix of nothing": (hashed("hashed", 1, 0, in_features=0), "1 to 268435456"),
     "a huge layer": (linear(in_features=1 << 50), "1125899906842624 as in_features"),
     "a negative layer": (linear(in_features=-1), "-1 as in_features"),
     "a layer of text": (linear(in_features="8"), "'8' as in_features"),

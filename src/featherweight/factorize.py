@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from featherweight.allowed import Amount, Count, Positive, Share, checked
 from featherweight.catalogue import Slot, fill
+from featherweight.core.exchange import example_inputs, unexchangeable
 from featherweight.core.fit import Optimizers
-from featherweight.core.forms import ACTIVATIONS, activation_form, mask_of, owners
+from featherweight.core.forms import mask_of
 from featherweight.core.ledger import note, skip
-from featherweight.core.surgery import WhereLinearOrConv2d, altered, swap, taps, targets
-from featherweight.core.task import Task, check_needs, device_of, eval_mode, to_device
+from featherweight.core.surgery import WhereLinearOrConv2d, swap, targets
+from featherweight.core.task import Task, check_needs
 from featherweight.errors import CompressionError
 
 Rank = Callable[[Tensor], int]
@@ -75,9 +76,9 @@ def factorize(
     replaced: dict[str, tuple[int, ...]] = {}
     reasons: dict[str, str] = {}
     layers = targets(model, where)
-    inputs = _inputs(model, task, list(layers))
+    inputs = example_inputs(model, task, list(layers))
     for path, layer in layers.items():
-        views = _refusal(model, layer, inputs.get(path)) or make.__ingredient__[1]["views"](layer)  # type: ignore[attr-defined]
+        views = unexchangeable(model, layer, inputs.get(path)) or make.__ingredient__[1]["views"](layer)  # type: ignore[attr-defined]
         if isinstance(views, str):
             reasons[path] = views
             continue
@@ -120,27 +121,6 @@ def _ranks(rank: Any, floor: int, weaken: float) -> Callable[[Tensor, int], int]
 
 def _within(rank: int, matrix: Tensor) -> int:
     return max(1, min(rank, *matrix.shape))
-
-
-def _refusal(model: nn.Module, layer: nn.Module, seen: Tensor | None) -> str:
-    """Why a layer cannot be replaced, whatever the factors are; empty if it can."""
-    if seen is None:
-        return "the model did not call it on its example inputs, or reads its weight directly"
-    if len(owners(model, layer, "weight")) > 1:
-        return "its weight is shared with another layer"
-    if reason := altered(layer):
-        return reason
-    if any(activation_form(layer, at) is not None for at in ACTIVATIONS):
-        return "its activations are quantized: factorize before that"
-    return ""
-
-
-def _inputs(model: nn.Module, task: Task, paths: list[str]) -> dict[str, Tensor]:
-    """The example input of each layer, for those that are called."""
-    args, kwargs = to_device(task.inputs(), device_of(model))
-    with eval_mode(model), taps(model, paths, at="input") as seen:
-        model(*args, **kwargs)
-    return {path: value for path, value in seen.items() if isinstance(value, Tensor)}
 
 
 def cost(module: nn.Module, example: Tensor) -> tuple[int, int]:

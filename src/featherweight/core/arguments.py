@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from featherweight.core.structured import StructuredConv2d, StructuredLayer, StructuredLinear
+from featherweight.core.structures import sound
+
 HUGE = 1e18  # epsilons and the like
 LARGEST = 1 << 40  # features, channels, rows of a table
 WIDEST = 1 << 20  # kernel sizes, strides, paddings, dilations
@@ -97,6 +100,7 @@ ARGUMENTS: dict[str, Check] = {
     "mode": _one_of(*MODES),
     "align_corners": _one_of(True, False, None),
     "recompute_scale_factor": _one_of(True, False, None),
+    "structure": lambda kind, value: sound(value),
 }
 
 
@@ -118,6 +122,9 @@ def agrees(module: nn.Module) -> bool:  # noqa: PLR0911 - one straight table
             return weight == (module.out_features, module.in_features)
         case nn.Embedding():
             return weight == (module.num_embeddings, module.embedding_dim)
+        case StructuredLayer():
+            bias = tensors.pop("bias", (module.matrix.rows,))
+            return _says_its_size(module) and bias == (module.matrix.rows,) and tensors == module.matrix.shapes()
         case nn.modules.conv._ConvNd() if weight is not None:
             inner, outer = module.in_channels, module.out_channels
             rows, columns = (inner, outer) if module.transposed else (outer, inner)
@@ -132,3 +139,13 @@ def agrees(module: nn.Module) -> bool:  # noqa: PLR0911 - one straight table
         case nn.LayerNorm() | nn.RMSNorm():
             return set(tensors.values()) <= {tuple(module.normalized_shape)}
     return True
+
+
+def _says_its_size(module: StructuredLayer) -> bool:
+    match module:
+        case StructuredLinear():
+            return module.weight_shape == (module.out_features, module.in_features)
+        case StructuredConv2d():
+            sizes = module.out_channels, module.in_channels // max(1, module.groups), *module.kernel_size
+            return module.weight_shape == sizes
+    return False

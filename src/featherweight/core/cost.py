@@ -1,7 +1,9 @@
 """What a model costs: parameters, non-zeros and multiply-accumulates (MACs), layer by layer, for one sample.
 
 MACs are counted on the traced graph, from shapes alone: convolutions, linear layers, matrix products, attention and
-recurrent layers. Additions, norms, activations and pooling are not counted, here or anywhere in this package.
+recurrent layers. Additions, norms, activations and pooling are not counted, here or anywhere in this package. Of a
+structured layer what it executes is counted: Fourier transforms where it has them (n log2 n for n real numbers), and
+the making of its weight, once a call.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from featherweight.core.ledger import note
+from featherweight.core.structured import NAME, StructuredLayer, told_layer
 from featherweight.core.task import as_call, device_of, eval_mode, to_device
 from featherweight.core.trace import graph_inputs, operator_name, owner, trace
 from featherweight.errors import BadData, TraceError
@@ -169,7 +172,12 @@ def _recurrent(node: fx.Node) -> int:
     return steps * sum(math.prod(s) for s in matrices if len(s) == 2)
 
 
+def _structured(node: fx.Node) -> int:
+    return told_layer(str(node.args[2]))[0].macs(_shape(node.args[0]), _shape(node))
+
+
 COUNTS: Mapping[str, Count] = {
+    NAME: _structured,
     **dict.fromkeys((f"conv{n}d" for n in (1, 2, 3)), _conv),
     **dict.fromkeys((f"conv_transpose{n}d" for n in (1, 2, 3)), _conv_transpose),
     "linear": _linear,
@@ -207,6 +215,8 @@ def _layer_macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
 
 def _module_macs(module: nn.Module, args: tuple[Any, ...], out: Any) -> int:  # noqa: PLR0911 - one straight table
     match module:
+        case StructuredLayer():
+            return module.macs(args[0].shape, out.shape)
         case nn.modules.conv._ConvTransposeNd():
             return args[0].numel() * math.prod(module.weight.shape[1:])
         case nn.modules.conv._ConvNd():

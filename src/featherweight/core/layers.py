@@ -11,7 +11,8 @@ from torch.nn.utils import parametrize
 
 from featherweight.core.arguments import fits
 from featherweight.core.forms import foreign
-from featherweight.errors import FormatError, shown
+from featherweight.core.structured import StructuredConv2d, StructuredLinear
+from featherweight.errors import FeatherweightError, FormatError, shown
 
 # The layers that a file may name, with the constructor arguments that their attributes hold.
 CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "bias", "padding_mode")
@@ -61,6 +62,8 @@ LEAVES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
         ((nn.PixelUnshuffle,), ("downscale_factor",)),
         ((nn.ChannelShuffle,), ("groups",)),
         ((nn.Upsample,), ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")),
+        ((StructuredLinear,), StructuredLinear.settings),
+        ((StructuredConv2d,), StructuredConv2d.settings),
         ((nn.ZeroPad1d, nn.ZeroPad2d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad2d), ("padding",)),
     )
     for t in kinds
@@ -158,7 +161,7 @@ def build_layer(spec: Any, depth: int = 0) -> nn.Module:
             raise FormatError(f"the file gives {kind} {shown(value)} as {key}, which no layer of this kind can have")
     try:
         return make(**args) if torch.get_default_device().type != "meta" else _blank(make, args)
-    except (ArithmeticError, AssertionError, TypeError, ValueError, RuntimeError) as error:
+    except (ArithmeticError, AssertionError, TypeError, ValueError, RuntimeError, FeatherweightError) as error:
         reason = str(error).partition("\n")[0][:200]
         raise FormatError(f"the file describes a {kind} that cannot be built: {reason}") from None
 

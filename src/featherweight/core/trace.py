@@ -19,6 +19,7 @@ from torch.fx import traceback
 from torch.utils import _pytree as pytree
 
 from featherweight.core.forms import form_names
+from featherweight.core.structured import as_operators
 from featherweight.core.task import as_call, device_of, eval_mode, to_device
 from featherweight.errors import BadData, TraceError
 
@@ -46,6 +47,8 @@ def trace(
 ) -> ExportedProgram:
     """The model's graph in evaluation mode, as torch.export sees it (strict=False); the model is left as it was.
 
+    Each structured layer is one operator of its own.
+
     Args:
         example_inputs: a tensor, a tuple of arguments, or a dictionary of keyword arguments.
         dynamic_shapes: as torch.export takes them; every size is fixed when left out.
@@ -65,7 +68,7 @@ def trace(
         warnings.simplefilter("ignore")
         model.train(training)
         try:
-            with torch.set_grad_enabled(gradients):
+            with torch.set_grad_enabled(gradients), as_operators(model):
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
             return inlined(program)
         except Exception as error:

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from featherweight.core.forms import ACTIVATIONS, Affine, Codes, Product, Table, activation_form, along, codes_of
 from featherweight.core.grids import ActivationGrid, Steps
+from featherweight.core.structured import StructuredLayer
 
 STORED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Embedding)
 
@@ -33,6 +34,8 @@ def lower(model: nn.Module) -> Lowered:
     lowered = Lowered(model)
     for path, module in model.named_modules():
         _lower_weight(lowered, path, module)
+        if isinstance(module, StructuredLayer):
+            _lower_structure(lowered, path, module)
         for at in ACTIVATIONS:
             form = activation_form(module, at)
             if at == "grad" and form is not None:
@@ -65,6 +68,13 @@ def _lower_weight(lowered: Lowered, path: str, module: nn.Module) -> None:
     else:
         return
     parametrize.register_parametrization(module, "weight", stored, unsafe=True)
+
+
+def _lower_structure(lowered: Lowered, path: str, module: StructuredLayer) -> None:
+    """A structured layer becomes the plain layer with the weight that it makes; hooks on it stay."""
+    module.register_buffer("made", module.dense().detach())
+    module.forward = lambda x: module.through(x, module.get_buffer("made"), module.bias)
+    lowered.notes.append(f"{path}: its {module.structure[0]} weight is written out whole, the ONNX file is no smaller")
 
 
 def int8(codes: Codes) -> tuple[Tensor, Tensor, int] | None:

@@ -1,0 +1,80 @@
+"""Layers exchanged for structured ones: which may be, which would get no smaller, and what is said about each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from featherweight.core.forms import ACTIVATIONS, activation_form, mask_of, owners
+from featherweight.core.ledger import note, skip
+from featherweight.core.structured import from_dense
+from featherweight.core.surgery import Where, altered, swap, taps, targets
+from featherweight.core.task import Task, device_of, eval_mode, to_device
+from featherweight.errors import CompressionError
+
+STRUCTURED = (nn.Linear, nn.Conv2d)
+Choose = Callable[[int, int, int], tuple[Any, ...]]
+"""(number of the layer, rows, columns of its weight as a matrix) -> the structure's word and settings."""
+
+
+def impose(model: nn.Module, task: Task, where: Where, choose: Choose) -> None:
+    """Exchanges chosen layers for structured ones that start near to them, in place.
+
+    A layer stays as it is, and that is reported, where the structure needs as many parameters as its weight has.
+
+    Raises:
+        BadOption, UnknownName: `where` chooses no layer.
+        CompressionError: no layer was exchanged.
+    """
+    layers = targets(model, where, STRUCTURED)
+    inputs = example_inputs(model, task, list(layers))
+    reasons: dict[str, str] = {}
+    for number, (path, layer) in enumerate(layers.items()):
+        reasons[path] = unexchangeable(model, layer, inputs.get(path)) or _exchanged(model, path, layer, number, choose)
+        if reasons[path]:
+            skip(path, reasons[path])
+    if all(reasons.values()):
+        why = "; ".join(f"{path}: {reason}" for path, reason in list(reasons.items())[:3])
+        raise CompressionError(f"no layer would get smaller ({why}): choose other layers or a smaller structure")
+
+
+def _exchanged(model: nn.Module, path: str, layer: nn.Module, number: int, choose: Choose) -> str:
+    """Exchanges one layer; why not, where it stays."""
+    weight = cast(Tensor, layer.weight).detach()
+    rows, columns = weight.flatten(1).shape
+    new = from_dense(layer, choose(number, rows, columns))
+    if new.matrix.size >= weight.numel():
+        return f"a {new.matrix.word} matrix of {rows} x {columns} needs {new.matrix.size} parameters, no fewer than now"
+    if mask_of(layer) is not None:
+        note(f"the weight of {path} is shared: its pruned weights are zeros no more")
+    lost = float((weight - new.dense().detach()).norm() / weight.norm().clamp(min=1e-30))
+    note(f"{path}: {new.matrix.size} of {weight.numel()} parameters, {lost:.0%} of the weight off before training")
+    swap(model, path, new)
+    return ""
+
+
+def unexchangeable(model: nn.Module, layer: nn.Module, seen: Tensor | None) -> str:
+    """Why a layer cannot be exchanged, whatever for; empty if it can.
+
+    Args:
+        seen: its example input, None if it was not called.
+    """
+    if seen is None:
+        return "the model did not call it on its example inputs, or reads its weight directly"
+    if len(owners(model, layer, "weight")) > 1:
+        return "its weight is shared with another layer"
+    if reason := altered(layer):
+        return reason
+    if any(activation_form(layer, at) is not None for at in ACTIVATIONS):
+        return "its activations are quantized: exchange layers before that"
+    return ""
+
+
+def example_inputs(model: nn.Module, task: Task, paths: list[str]) -> dict[str, Tensor]:
+    """The example input of each layer, for those that are called."""
+    args, kwargs = to_device(task.inputs(), device_of(model))
+    with eval_mode(model), taps(model, paths, at="input") as seen:
+        model(*args, **kwargs)
+    return {path: value for path, value in seen.items() if isinstance(value, Tensor)}
