@@ -222,8 +222,9 @@ def named(places: list[Slot]) -> dict[str, Any]:
 
 
 def baked(model: nn.Module) -> nn.Module:
-    """The model itself, or a baked copy if forms stand on its weights."""
-    if not any(form_names(module) for module in model.modules()):
+    """The model itself, or a baked copy if forms stand on its weights, or ranges of its activations are learned."""
+    learned = any(form.settled() is not form for held in activation_forms(model).values() for form in held.values())
+    if not learned and not any(form_names(module) for module in model.modules()):
         return model
     return bake(deepcopy(model))
 

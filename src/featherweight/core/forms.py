@@ -175,6 +175,13 @@ class Form(nn.Module, ABC):
         """The integers behind `forward(*free)`, bit for bit; None for a form that has none."""
         return None
 
+    def settled(self) -> Form:
+        """What stands in the place of a form on an activation once training is over; `bake` puts it there.
+
+        A grid with a learned range becomes a grid of fixed numbers, which file and export know; outputs stay the same.
+        """
+        return self
+
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """JSON-able settings and named tensors, from which `restored` makes the same form again."""
         tensors = {f"p.{k}": v for k, v in self.named_parameters()} | {f"b.{k}": v for k, v in self.named_buffers()}
@@ -470,8 +477,9 @@ def _plain(module: nn.Module) -> None:
 def bake(model: nn.Module) -> nn.Module:
     """Makes plain tensors of all weights, in place: outputs unchanged, codes left beside the weights, ties kept.
 
-    Forms on activations stay, frozen: they are part of what the network computes.
+    Forms on activations stay, settled and frozen: they are part of what the network computes.
     """
+    settle(model)
     tied: dict[int, nn.Parameter] = {}
     alive: list[list[nn.Parameter]] = []
     for module in list(model.modules()):
@@ -492,6 +500,16 @@ def bake(model: nn.Module) -> nn.Module:
             if f"fw_{at}" in module._modules:
                 module.get_submodule(f"fw_{at}").requires_grad_(False)
     return model
+
+
+def settle(model: nn.Module) -> None:
+    """Puts the settled form in the place of every form on an activation; one that modules share stays shared."""
+    done: dict[Form, Form] = {}
+    for path, forms in activation_forms(model).items():
+        for at, form in forms.items():
+            if form not in done:
+                done[form] = form.settled()
+            model.get_submodule(path)._modules[f"fw_{at}"] = done[form]
 
 
 def masked_names(model: nn.Module) -> list[tuple[str, str]]:
