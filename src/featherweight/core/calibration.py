@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from featherweight.core.grids import Place, Seen
+from featherweight.core.forms import Form
+from featherweight.core.grids import ActivationGrid, Place, Seen
 from featherweight.core.ledger import note
 from featherweight.core.progress import track
 from featherweight.core.task import Batch, Task, eval_mode, length, run
@@ -106,21 +107,22 @@ def _compare(seen: _Stats, task: Task) -> None:
         )
 
 
-def remark(places: Iterable[Place], watchers: Iterable[Seen], scales: Iterable[float], bits: int) -> None:
+def remark(places: Iterable[Place], watchers: Iterable[Seen], grids: Iterable[Form]) -> None:
     """Notes places whose range a few outliers rule, and those where nothing but zeros passed."""
-    for place, seen, scale in zip(places, watchers, scales, strict=True):
+    for place, seen, grid in zip(places, watchers, grids, strict=True):
         path, at = place.sites[0]
-        if not seen.parts:
+        if not seen.parts or not isinstance(grid, ActivationGrid):
             continue
         if seen.low == seen.high:
             note(f"the {at} of {path} was {seen.low:.4g} throughout the calibration: its grid is a guess")
             continue
         values = seen.drawn.double()
         low, high = (float(torch.quantile(values, q)) for q in (USUAL, 1 - USUAL))
-        steps = (high - low) / scale
-        if steps < 2**bits / FEW and seen.high - seen.low > FEW * (high - low):
+        levels = grid.high - grid.low + 1
+        steps = (high - low) / float(grid.scale)
+        if steps < levels / FEW and seen.high - seen.low > FEW * (high - low):
             note(
                 f"outliers rule the {at} of {path}: 99.99 % of its values lie in [{low:.3g}, {high:.3g}], which gets "
-                f"{max(steps, 0):.0f} of {2**bits} steps of the range [{seen.low:.3g}, {seen.high:.3g}]; "
+                f"{max(steps, 0):.0f} of {levels} steps of the range [{seen.low:.3g}, {seen.high:.3g}]; "
                 'calibrator="percentile" copes with that'
             )

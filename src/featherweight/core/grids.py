@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from featherweight.core.forms import Affine, Codes, Form, along
+from featherweight.errors import BadOption
 
 SAMPLE = 4096  # values that `Seen` keeps of one call
 
@@ -16,6 +17,44 @@ SAMPLE = 4096  # values that `Seen` keeps of one call
 def _whole(value: object, low: int, high: int) -> bool:
     """Whether a value, of whatever type a file gave it, is an integer in a range."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def rows(tensor: Tensor, axis: int | None) -> Tensor:
+    """A weight as one row in all, shape (1, n), or one row for each index of `axis`."""
+    return tensor.reshape(1, -1) if axis is None else tensor.movedim(axis, 0).flatten(1)
+
+
+def from_rows(held: Tensor, shape: torch.Size, axis: int | None) -> Tensor:
+    """The tensor of which `rows` were made.
+
+    >>> weight = torch.arange(24).view(2, 3, 4)
+    >>> torch.equal(from_rows(rows(weight, 1), weight.shape, 1), weight)
+    True
+    """
+    if axis is None:
+        return held.view(shape)
+    moved = [shape[axis], *(size for d, size in enumerate(shape) if d != axis)]
+    return held.view(moved).movedim(0, axis)
+
+
+def mean_sizes(weight: Tensor, axis: int | None, keep: Tensor | None = None) -> Tensor:
+    """`E|w|` over the weights that count, in all or one per index of `axis`; zero where none does."""
+    size = weight.abs() if keep is None else torch.where(keep, weight.abs(), torch.zeros_like(weight))
+    held = rows(size, axis)
+    mean = held.mean(1) if keep is None else held.sum(1) / rows(keep, axis).sum(1).clamp(1)
+    return mean[0] if axis is None else mean
+
+
+def only_bits(given: int, wanted: int, grid: str) -> None:
+    """Refuses a number of bits that a grid of a fixed number of levels does not have.
+
+    Raises:
+        BadOption: it is another number.
+    """
+    if given != wanted:
+        raise BadOption(
+            f"{given} bits: {grid} weights have {wanted}; pass weight_bits={wanted}, or choose another grid"
+        )
 
 
 @final

@@ -107,6 +107,11 @@ def sites(model: nn.Module, where: Where = None, types: tuple[type[nn.Module], .
     return found
 
 
+def channel_axis(site: Site) -> int:
+    """The dimension of a weight that counts its output channels."""
+    return 1 if isinstance(site.module, nn.ConvTranspose2d) and site.module.groups == 1 else 0
+
+
 def per_layer(
     model: nn.Module,
     name: str,

@@ -8,7 +8,7 @@ from torch import Tensor
 from featherweight.catalogue import ingredient
 from featherweight.core.forms import Form
 from featherweight.core.grids import SymmetricGrid
-from featherweight.core.site import Site
+from featherweight.core.site import Site, channel_axis
 
 SHRINKS = torch.linspace(1.0, 0.4, 31)
 
@@ -24,7 +24,7 @@ def symmetric(site: Site, bits: int) -> Form:
     >>> grid.codes(tensor([[1.27, 0.004]])).symbols.tolist()
     [[127, 0]]
     """
-    return SymmetricGrid(bits, _axis(site))
+    return SymmetricGrid(bits, channel_axis(site))
 
 
 @ingredient("grid")
@@ -44,7 +44,7 @@ def symmetric_mse(site: Site, bits: int) -> Form:
     >>> bool(symmetric_mse(Site.of(weight), bits=2).clip < 1)
     True
     """
-    weight, keep, axis = site.weight, site.keep.to(site.weight.device), _axis(site)
+    weight, keep, axis = site.weight, site.keep.to(site.weight.device), channel_axis(site)
     errors = torch.stack([_error(SymmetricGrid(bits, axis, clip), weight, keep) for clip in SHRINKS])
     return SymmetricGrid(bits, axis, SHRINKS.to(weight)[errors.argmin(0)])
 
@@ -53,7 +53,3 @@ def _error(grid: SymmetricGrid, weight: Tensor, keep: Tensor) -> Tensor:
     """Squared error per output channel."""
     gap = ((grid(weight, keep=keep) - weight) * keep).square()
     return gap.movedim(grid.axis or 0, 0).flatten(1).sum(1)
-
-
-def _axis(site: Site) -> int:
-    return 1 if isinstance(site.module, torch.nn.ConvTranspose2d) and site.module.groups == 1 else 0

@@ -1,1 +1,1 @@
-"""Slot `range`: where an activation grid ends, `(what was seen, bits) -> ActivationGrid`."""
+"""Slot `range`: where an activation grid ends, `(what was seen, bits) -> Form`."""

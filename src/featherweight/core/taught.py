@@ -1,0 +1,38 @@
+"""A training step beside a teacher: the task's loss and the teacher's class probabilities."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from featherweight.catalogue import fill
+from featherweight.core.fit import Step
+from featherweight.core.task import Batch, Task, device_of, eval_mode, loss_of, prediction, run, to_device
+from featherweight.errors import BadOption, MissingNeed
+
+
+def taught(task: Task, model: nn.Module, share: float) -> Step | None:
+    """`(1 - share) loss + share t^2 KL(teacher || model)`, as two named terms; None, the task's loss, without a share.
+
+    The probabilities are softened by the temperature of the ingredient `softened`.
+
+    Raises:
+        MissingNeed: the task has no teacher.
+        BadOption: the teacher is the model itself.
+    """
+    if not share:
+        return None
+    teacher, match = task.teacher, fill("match", "softened")
+    if teacher is None:
+        raise MissingNeed("this training needs a teacher, which the task does not have: pass Task(teacher=...)")
+    if teacher is model:
+        raise BadOption("the teacher is the very model that is trained: pass Task(teacher=copy.deepcopy(model))")
+
+    def step(student: nn.Module, batch: Batch, progress: float) -> dict[str, Tensor]:
+        output, target = run(student, task, batch)
+        with eval_mode(teacher):
+            shown, _ = run(teacher, task, batch)
+        seen, wanted = {"": prediction(output)}, {"": to_device(prediction(shown), device_of(model))}
+        terms = {"labels": (1 - share) * loss_of(task, output, target)} if share < 1 else {}
+        return terms | {"teacher": share * match(seen, wanted, batch, progress)}
+
+    return step
