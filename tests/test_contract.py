@@ -220,6 +220,7 @@ BEYOND = {"regression": _regression, "segmentation": _segmentation, "dictionary"
 
 # exactly these may refuse, and the cure that they name; every other method works on every kind
 REFUSALS = {
+    ("bwn", "recurrent"): "pass keep_first_last=False",
     ("dorefa", "recurrent"): "pass keep_first_last=False",
     ("equalize", "recurrent"): "leave equalize out",
     ("fitnets", "recurrent"): "pass a deeper network",
