@@ -1,4 +1,4 @@
-"""Quantize and retrain in turns: better than quantizing once, weights change their cluster, activations lie on grids."""
+"""Quantize and retrain in turns: better than once; weights change their cluster, activations lie on grids."""
 
 import copy
 import re

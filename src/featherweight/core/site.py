@@ -67,6 +67,14 @@ class Site:
         return getattr(self.module, self.name).detach()
 
     @property
+    def held(self) -> nn.Parameter:
+        """The parameter that the optimizer moves: the weight itself, or the first free one under its forms."""
+        if has_forms(self.module, self.name):
+            return originals(self.module, self.name)[0]
+        parameter: nn.Parameter = getattr(self.module, self.name)
+        return parameter
+
+    @property
     def keep(self) -> Tensor:
         """True where no mask stands on the weight, of the weight's shape."""
         mask = self.mask

@@ -12,7 +12,7 @@ from torch import nn
 from featherweight.allowed import Amount, Bits, Count, Positive
 from featherweight.catalogue import recipe
 from featherweight.core.fit import Optimizers
-from featherweight.core.forms import bake, has_forms, mask_zeros, masked_names, originals
+from featherweight.core.forms import bake, mask_zeros, masked_names
 from featherweight.core.ledger import note
 from featherweight.core.site import Site, sites
 from featherweight.core.study import Study
@@ -108,5 +108,4 @@ def snap(found: Iterable[Site], k: int) -> None:
         alive = weight != 0
         if alive.any():
             centroids = centroids_of(weight[alive], exact, density, k).to(weight)
-            held = originals(site.module, site.name)[0] if has_forms(site.module, site.name) else site.module.weight
-            held.copy_(torch.where(alive, centroids[nearest(weight, centroids)], weight))
+            site.held.copy_(torch.where(alive, centroids[nearest(weight, centroids)], weight))
