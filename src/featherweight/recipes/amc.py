@@ -22,7 +22,7 @@ from __future__ import annotations
 import copy
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
@@ -130,7 +130,7 @@ def amc(
     counted = cost(original, task.inputs())
     layout = Layout.of(original, task, counted, where, least=least, round_to=round_to)
     before = {"macs": float(counted.macs), "params": float(counted.params)}
-    refits = Refits.of(original, task, layout.channels, calibration_batches, ridge)
+    refits = Refits.of(original, task, layout.channels, calibration_batches, ridge, {path for path, _ in masked})
     searching = Task(valid=_kept(task, search_batches), split=task.split, metric=task.metric, evaluate=task.evaluate)
 
     def network(choice: Sequence[int]) -> nn.Module:
@@ -380,9 +380,12 @@ class Refits:
     channels: Channels
     moments: Mapping[str, Moments]
     ridge: float
+    masked: Set[str] = frozenset()  # layers whose zeros stay
 
     @staticmethod
-    def of(model: nn.Module, task: Task, channels: Channels, batches: int, ridge: float) -> Refits:
+    def of(
+        model: nn.Module, task: Task, channels: Channels, batches: int, ridge: float, masked: Set[str] = frozenset()
+    ) -> Refits:
         """Goes through the calibration data once a layer."""
         held, found = 0, {}
         kept = list(islice(task.calibrating(), batches))
@@ -396,7 +399,7 @@ class Refits:
                 continue
             held += size
             found[path] = Moments.of(layer_rows(model, path, task, kept))
-        return Refits(model, channels, found, ridge)
+        return Refits(model, channels, found, ridge, masked)
 
     def without(self, doomed: Tensor) -> nn.Module:
         """A copy without the channels, its readers refitted to their original outputs."""
@@ -409,5 +412,6 @@ class Refits:
                 biased = torch.tensor([isinstance(layer.bias, Tensor)])
                 weight = augmented(layer)
                 weight[:, :-1][:, gone] = 0
-                put(layer, moments.refit(weight, torch.cat([~gone, biased]), self.ridge))
+                moving = torch.cat([~gone, biased])
+                put(layer, moments.refit(weight, moving & (weight != 0) if path in self.masked else moving, self.ridge))
         return remove_channels(smaller, doomed, channels=self.channels)

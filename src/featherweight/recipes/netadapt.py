@@ -103,9 +103,10 @@ def netadapt(
     score = fill("score", score)
 
     def train(candidate: nn.Module) -> float:
+        mask_zeros(candidate, masked)
         task.fit(candidate, task, epochs=short_finetune, lr=lr, optimizer=optimizer, decay="constant",
                  label="short fine-tune")  # fmt: skip
-        value = evaluate(candidate, task, label="evaluate a proposal").value
+        value = evaluate(bake(candidate), task, label="evaluate a proposal").value
         return value if task.metric.higher_is_better else -value
 
     def ranks(current: nn.Module, channels: Channels) -> Tensor:
