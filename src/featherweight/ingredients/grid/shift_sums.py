@@ -50,7 +50,7 @@ def greedy(values: Tensor, bits: int, terms: int) -> list[Tensor]:
 
 
 def shift_levels(bits: int, terms: int) -> Tensor:
-    """All sums that `greedy` makes, ascending, float64; the nearest of them is what it makes of a value.
+    """All sums that `greedy` makes of values in [-1, 1], ascending, float64: of a value it makes the nearest.
 
     That greedy and nearest agree (but for values half-way between two levels) is tested, not proved.
 
@@ -59,4 +59,4 @@ def shift_levels(bits: int, terms: int) -> Tensor:
     """
     books = [codebook(n, bits).tolist() for n in range(1, terms + 1)]
     sums = torch.tensor(sorted({sum(entries) for entries in itertools.product(*books)}), dtype=torch.float64)
-    return sums[sum(greedy(sums, bits, terms)) == sums]
+    return sums[(sum(greedy(sums, bits, terms)) == sums) & (sums.abs() <= 1)]
