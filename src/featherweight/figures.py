@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from featherweight import export
 from featherweight.coding import SaveReport, save
 from featherweight.core.cost import Cost, cost
-from featherweight.core.measuring import Stopwatch, Timed
+from featherweight.core.measuring import Stopwatch, Timed, interleaved
 from featherweight.core.progress import track
 from featherweight.core.task import Score, as_call, eval_mode, pairs
 from featherweight.errors import BadData
@@ -104,24 +103,6 @@ class Latency:
     median: float
     p99: float
     ratio: float
-
-
-def interleaved(calls: Mapping[str, Call], *, seconds: float = 2.0, warmup: int = 5, least: int = 30) -> dict[str, Any]:
-    """Times several calls in turn, A B A B ..., so that a machine whose speed drifts does not favour one of them.
-
-    Returns, per name, an array of times in milliseconds; all have the same length (at least `least` rounds).
-    """
-    for _ in range(warmup):
-        for call in calls.values():
-            call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < least:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: np.array(values) for name, values in times.items()}
 
 
 def compare(

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from featherweight.errors import MissingNeed
@@ -51,3 +53,23 @@ def latency(original: nn.Module, result: nn.Module, example_inputs: Any) -> Time
     if stopwatch is None:
         raise MissingNeed("this method times networks: run it by compress, or inside core.measuring.timing(stopwatch)")
     return stopwatch(original, result, example_inputs)
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], *, seconds: float = 2.0, warmup: int = 5, least: int = 30
+) -> dict[str, Any]:
+    """Times several calls in turn, A B A B ..., so that a machine whose speed drifts does not favour one of them.
+
+    Returns, per name, an array of times in milliseconds; all have the same length (at least `least` rounds).
+    """
+    for _ in range(warmup):
+        for call in calls.values():
+            call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < least:
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: np.array(values) for name, values in times.items()}
