@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from featherweight.errors import FeatherweightError
 
 if TYPE_CHECKING:
-    from featherweight import export, report, zoo
+    from featherweight import export, report, runtime, zoo
     from featherweight.catalogue import Entry
     from featherweight.coding import inspect, load, save, unpack
     from featherweight.core.examine import examine
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from featherweight.pipeline import Result, compress
     from featherweight.prune import sensitivity
     from featherweight.running import run
+    from featherweight.runtime import accelerate
 
 _WHERE = {
     "Task": "core.task",
@@ -44,11 +45,12 @@ _WHERE = {
     "load": "coding",
     "inspect": "coding",
     "unpack": "coding",
+    "accelerate": "runtime",
     "examine": "core.examine",
     "wire": "core.wiring",
     "Wired": "core.wired",
 }
-_ROOMS = ("export", "report", "zoo")
+_ROOMS = ("export", "report", "runtime", "zoo")
 
 __all__ = [
     "FeatherweightError",
@@ -56,6 +58,7 @@ __all__ = [
     "Result",
     "Task",
     "Wired",
+    "accelerate",
     "accuracy",
     "compress",
     "evaluate",
@@ -68,6 +71,7 @@ __all__ = [
     "methods",
     "report",
     "run",
+    "runtime",
     "save",
     "sensitivity",
     "tracking",

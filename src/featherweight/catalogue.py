@@ -1,4 +1,4 @@
-"""What there is: methods, coders, executors and ingredients, found by walking `recipes/`, `ingredients/`, `coding/`.
+"""What there is: methods, coders, executors and ingredients, found by walking ROOMS.
 
 Nothing heavy is imported here, so that listing names is cheap; `entries()` imports the rooms it walks.
 """
@@ -19,7 +19,12 @@ from featherweight.errors import BadOption, UnknownName, unknown, within
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-ROOMS = ("featherweight.ingredients", "featherweight.recipes", "featherweight.coding.coders")
+ROOMS = (
+    "featherweight.ingredients",
+    "featherweight.recipes",
+    "featherweight.coding.coders",
+    "featherweight.runtime.executors",
+)
 VERBS = ("prune", "quantize", "factorize", "share", "distill", "rewrite")
 
 
@@ -297,6 +302,8 @@ def entry(name: str, kind: str | None = None) -> Entry:
     if (part := entries("part").get(name)) is not None:
         takers = ", ".join(list(takers_of(part.slot))[:3])
         raise UnknownName(f"{name} is a part, no {kind}: pass it as an option ({part.slot}={name!r}) to {takers}")
+    if kind == "method" and name in entries("executor"):
+        raise UnknownName(f"{name} is an executor, no method: compress first, then accelerate the result")
     raise unknown(kind or "method", name, [*known, *by_alias])
 
 

@@ -1,0 +1,163 @@
+"""`accelerate`: a copy of a model in which packed layers stand wherever they are faster."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from featherweight.allowed import checked
+from featherweight.catalogue import entries, entry
+from featherweight.core.forms import activation_form, attach, bake
+from featherweight.core.ledger import show, skip
+from featherweight.core.measuring import interleaved
+from featherweight.core.surgery import Layers, Where, altered, swap, targets
+from featherweight.core.task import as_call
+from featherweight.core.wired import Wired
+from featherweight.errors import BadOption, MissingNeed
+
+TYPES = (nn.Linear, nn.Conv2d)
+Executor = Callable[[nn.Module], nn.Module | str]
+
+
+@dataclass(frozen=True)
+class Executed:
+    """One layer that an executor can run, both timed on the layer's own input of the example; times in milliseconds."""
+
+    path: str
+    executor: str
+    float_ms: float  # PyTorch's float layer, without its grids
+    packed_ms: float
+    ratio: float  # median over the rounds, packed / float
+    used: bool
+
+
+@checked()
+def accelerate(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    executors: Sequence[str] | None = None,
+    keep_slower: bool = False,
+    where: Annotated[Where, Layers(TYPES)] = None,
+    seconds: float = 0.05,
+) -> nn.Module:
+    """A copy for inference on this machine, with packed layers in the place of those that they outrun.
+
+    Which layers have a packed form is read from the codes beside their weights and the grids on their inputs. Both
+    forms are timed in turn on the example, with as many threads as PyTorch has; what is slower than PyTorch's float
+    layer stays as it is, and the ledger says so. The copy has no gradients and cannot be saved: save the model.
+
+    Args:
+        example_inputs: a tensor, a tuple or a dictionary of arguments, of the batch size that will be used.
+        executors: ids of those to try; all when left out.
+        keep_slower: take packed layers also where they are slower.
+        where: which layers; all Linear and Conv2d layers when left out.
+        seconds: how long a layer and its packed form are timed.
+
+    Raises:
+        MissingNeed: there are no example inputs.
+        BadOption: an option outside its range, or the model has no layer to look at.
+        UnknownName: no such executor or layer.
+    """
+    tried = {name: entry(name, "executor") for name in (entries("executor") if executors is None else executors)}
+    model = bake(copy.deepcopy(model)).eval().requires_grad_(False)
+    layers = targets(model, where, TYPES)
+    seen = _inputs(model, layers, _example(model, example_inputs))
+    rows: list[Executed] = []
+    for path, layer in layers.items():
+        reason = _untouchable(layer) or ("" if path in seen else "the example inputs do not reach it")
+        found = {} if reason else _forms(layer, tried)
+        packed = {name: form for name, form in found.items() if isinstance(form, nn.Module)}
+        if not packed:
+            skip(path, reason or "; ".join(f"{name}: {told}" for name, told in found.items()))
+            continue
+        timed = [_timed(path, name, layer, form, seen[path], seconds) for name, form in packed.items()]
+        best = min(timed, key=lambda row: row.ratio)
+        rows += [row for row in timed if row is not best]
+        rows.append(_decided(model, best, packed[best.executor], keep_slower))
+    show("executors", [asdict(row) for row in rows])
+    model._fw_executed = rows  # type: ignore[assignment]
+    return model
+
+
+def executed(model: nn.Module) -> list[Executed]:
+    """What `accelerate` found of every layer that an executor can run.
+
+    Raises:
+        BadOption: the model did not come from `accelerate`.
+    """
+    if "_fw_executed" not in vars(model):
+        raise BadOption("this model was not made by accelerate: pass what featherweight.accelerate gave back")
+    return list(vars(model)["_fw_executed"])
+
+
+def _example(model: nn.Module, given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if given is None and isinstance(model, Wired):
+        given = model.wiring.example()
+    if given is None:
+        raise MissingNeed("accelerate times every layer on an example: pass example_inputs=...")
+    return as_call(given)
+
+
+def _inputs(
+    model: nn.Module, layers: dict[str, nn.Module], call: tuple[tuple[Any, ...], dict[str, Any]]
+) -> dict[str, Tensor]:
+    """What each layer is given at its first call in one pass, before its input form."""
+    seen: dict[str, Tensor] = {}
+
+    def watch(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.setdefault(path, args[0].detach())
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(watch(path), prepend=True) for path, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            model(*call[0], **call[1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _untouchable(layer: nn.Module) -> str:
+    """Why a layer cannot be exchanged whatever its weights; empty if it can."""
+    ours = {at for at in ("input", "output", "grad") if activation_form(layer, at) is not None}
+    hooks = len(layer._forward_pre_hooks) + len(layer._forward_hooks) + len(layer._backward_hooks)
+    return altered(layer) or ("it carries hooks of its own" if hooks > len(ours) else "")
+
+
+def _forms(layer: nn.Module, tried: dict[str, Any]) -> dict[str, nn.Module | str]:
+    """The packed layer of every executor, or why it has none."""
+    return {name: executor(layer) for name, executor in tried.items()}
+
+
+def _timed(path: str, name: str, layer: nn.Module, packed: nn.Module, x: Tensor, seconds: float) -> Executed:
+    """Both in turn, the float layer without the grid on its input, which the packed one has to apply."""
+    plain = type(layer).forward
+    with torch.no_grad():
+        calls = {"float": lambda: plain(layer, x), "packed": lambda: packed(x)}
+        times = interleaved(calls, seconds=seconds, warmup=2, least=9)
+    float_ms, packed_ms = (float(np.median(values)) for values in times.values())
+    return Executed(path, name, float_ms, packed_ms, float(np.median(times["packed"] / times["float"])), used=False)
+
+
+def _decided(model: nn.Module, row: Executed, packed: nn.Module, keep_slower: bool) -> Executed:
+    """Puts the packed layer in, or says that it is slower and stays out."""
+    told = f"{row.executor} takes {row.packed_ms:.3f} ms, the float layer {row.float_ms:.3f} ms ({row.ratio:.2f}x)"
+    if row.ratio >= 1:
+        skip(row.path, told + (": taken all the same" if keep_slower else ": stays float"))
+        if not keep_slower:
+            return row
+    layer = model.get_submodule(row.path)
+    if (form := activation_form(layer, "output")) is not None:
+        attach(packed, form, "output")
+    swap(model, row.path, packed)
+    return Executed(**{**asdict(row), "used": True})

@@ -1,0 +1,336 @@
+"""Packed execution: the integers are exact for every shape, and `accelerate` keeps what is faster."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import featherweight as fw
+from featherweight.catalogue import entries
+from featherweight.core.forms import Affine, Codes, Table, attach, bake, codes_of, declare_codes
+from featherweight.core.grids import ActivationGrid
+from featherweight.core.ledger import recording
+from featherweight.core.signs import Signs
+from featherweight.errors import BadData, BadOption, FeatherweightError, MissingNeed, UnknownName
+from featherweight.runtime import executed
+from featherweight.runtime.executors.bitplane_and import bitplane_and
+from featherweight.runtime.executors.xnor_popcount import xnor_popcount
+
+EXACT = settings(max_examples=40, deadline=None)
+seeds = st.integers(0, 10**6)
+
+
+def random(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def with_integers(layer: nn.Module, symbols: Tensor, zero: float, low: int = 0) -> nn.Module:
+    """A layer whose weights are `symbols - zero`, declared."""
+    rule = Affine(torch.ones(()), torch.tensor(zero if zero % 1 else int(zero)))
+    codes = Codes(symbols.to(torch.uint8), rule, tuple(symbols.shape))
+    layer.weight.data = codes.decode().float()
+    declare_codes(layer, "weight", Codes(codes.symbols, rule, codes.shape))
+    return layer
+
+
+def signed(layer: nn.Module, seed: int = 0) -> nn.Module:
+    """A layer of weights of one bit behind an input of one bit."""
+    with_integers(layer, torch.randint(2, layer.weight.shape, generator=random(seed)), 0.5)
+    layer.weight.data *= 2
+    layer._fw_codes["weight"] = Codes(
+        layer._fw_codes["weight"].symbols, Affine(torch.tensor(2.0), torch.tensor(0.5)), tuple(layer.weight.shape)
+    )
+    if layer.bias is not None:
+        layer.bias.data.round_()  # so that sums of integers stay exact in float32
+    attach(layer, Signs(), "input")
+    return layer
+
+
+linears = st.tuples(st.integers(1, 200), st.integers(1, 40), st.integers(0, 9))
+convs = st.fixed_dictionaries(
+    {
+        "channels": st.sampled_from([(1, 1), (3, 5), (16, 4), (40, 17), (64, 16), (70, 3), (130, 9)]),
+        "groups": st.sampled_from([1, 1, 1, 2, 3]),
+        "kernel_size": st.tuples(st.integers(1, 4), st.integers(1, 4)),
+        "stride": st.tuples(st.integers(1, 3), st.integers(1, 3)),
+        "dilation": st.tuples(st.integers(1, 2), st.integers(1, 2)),
+        "padding": st.one_of(st.integers(0, 3), st.tuples(st.integers(0, 2), st.integers(0, 2))),
+        "padding_mode": st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"]),
+        "image": st.tuples(st.integers(8, 15), st.integers(8, 15)),
+        "batch": st.integers(0, 3),
+    }
+)
+
+
+def conv_of(shape: dict, bias: bool = True) -> tuple[nn.Conv2d, Tensor]:
+    """A convolution of these settings, and inputs for it."""
+    rest = dict(shape)
+    (c, o), g, image, batch = (rest.pop(key) for key in ("channels", "groups", "image", "batch"))
+    return nn.Conv2d(g * c, g * o, groups=g, bias=bias, **rest), torch.randn(batch, g * c, *image, generator=random(1))
+
+
+@EXACT
+@given(linears, seeds)
+def test_signs_linear_is_the_product_of_signs(shape, seed):
+    k, o, batch = shape
+    layer = signed(nn.Linear(k, o, bias=False), seed)
+    x = torch.randn(batch, k, generator=random(seed))
+    packed = xnor_popcount(layer)
+    wanted = torch.where(x >= 0, 1, -1).long() @ layer.weight.long().T
+    assert torch.equal(packed(x), wanted.float())
+
+
+@EXACT
+@given(convs, seeds)
+def test_signs_conv_is_the_product_of_signs(shape, seed):
+    layer, x = conv_of(shape)
+    signed(layer, seed)
+    with torch.no_grad():
+        wanted = layer.double()._conv_forward(torch.where(x >= 0, 1.0, -1.0).double(), layer.weight, layer.bias)
+        layer.float()
+        assert torch.equal(xnor_popcount(layer)(x).double(), wanted)
+
+
+@EXACT
+@given(convs, st.integers(1, 4), st.integers(1, 4), st.integers(0, 15), st.booleans(), seeds)
+def test_bit_planes_are_the_product_of_integers(shape, weight_bits, bits, zero, half, seed):
+    layer, x = conv_of(shape)
+    with_integers(
+        layer,
+        torch.randint(2**weight_bits, layer.weight.shape, generator=random(seed)),
+        (2**weight_bits - 1) / 2 if half else 1,
+    )
+    layer.bias.data.round_()
+    grid = ActivationGrid(0.25, min(zero, 2**bits - 1), 0, 2**bits - 1)
+    attach(layer, grid, "input")
+    packed = bitplane_and(layer)
+    assert isinstance(packed, nn.Module)
+    with torch.no_grad():
+        wanted = (
+            copy.deepcopy(layer).double()._conv_forward(grid(x).double(), layer.weight.double(), layer.bias.double())
+        )
+        assert torch.equal(packed(x).double(), wanted)
+
+
+@EXACT
+@given(linears, st.integers(1, 4), st.integers(1, 4), seeds)
+def test_bit_planes_linear(shape, weight_bits, bits, seed):
+    k, o, batch = shape
+    layer = nn.Linear(k, o)
+    with_integers(layer, torch.randint(2**weight_bits, (o, k), generator=random(seed)), (2**weight_bits - 1) / 2)
+    layer.bias.data.round_()
+    grid = ActivationGrid(0.5, 1, 0, 2**bits - 1)
+    attach(layer, grid, "input")
+    packed = bitplane_and(layer)
+    if isinstance(packed, str):
+        return
+    x = torch.randn(batch, k, generator=random(seed))
+    with torch.no_grad():
+        wanted = torch.nn.functional.linear(grid(x).double(), layer.weight.double(), layer.bias.double())
+        assert torch.equal(packed(x).double(), wanted)
+
+
+@EXACT
+@given(seeds, st.integers(1, 8), st.floats(0.01, 3), st.integers(0, 255))
+def test_inputs_go_to_the_levels_that_their_grid_gives_them(seed, bits, scale, zero):
+    """Halves too, which float32 rounds its own way."""
+    top = 2**bits - 1
+    grid = ActivationGrid(scale, min(zero, top), 0, top)
+    layer = with_integers(nn.Linear(1, 1, bias=False), torch.tensor([[1]]), 0)
+    attach(layer, grid, "input")
+    x = torch.cat([torch.randn(50, 1, generator=random(seed)), (torch.arange(-9, 20) / 2 * scale)[:, None]])
+    torch.testing.assert_close(bitplane_and(layer)(x), grid(x), rtol=1e-6, atol=0)
+
+
+def test_signs_of_zeros_tiny_numbers_and_other_types():
+    layer = signed(nn.Linear(4, 2, bias=False))
+    x = torch.tensor([[0.0, -0.0, 1e-300, -1e-300]], dtype=torch.float64)
+    packed = xnor_popcount(layer)
+    with torch.no_grad():
+        wanted = torch.nn.functional.linear(Signs()(x), layer.weight.double())
+    assert torch.equal(packed(x), wanted)
+    assert packed(x).dtype == torch.float64
+    assert packed(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_ternary_weights_and_channels_of_zeros():
+    layer = nn.Linear(70, 3, bias=False)
+    values = torch.randint(-1, 2, (3, 70), generator=random(0)).float() * torch.tensor([[0.5], [2.0], [0.0]])
+    layer.weight.data = values
+    declare_codes(layer, "weight", Codes(torch.unique(values, return_inverse=True)[1], Table(values.unique()), (3, 70)))
+    attach(layer, Signs(), "input")
+    x = torch.randn(5, 70, generator=random(1))
+    assert "only signs multiply" in xnor_popcount(layer)
+    with torch.no_grad():
+        assert torch.equal(bitplane_and(layer)(x), layer(x))
+
+
+class Chain(nn.Module):
+    """Two packed layers and two that are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 16, 3)
+        self.signs = signed(nn.Conv2d(16, 24, 3, padding=1))
+        self.planes = with_integers(nn.Linear(24, 12), torch.randint(4, (12, 24), generator=random(0)), 1.5)
+        attach(self.planes, ActivationGrid(0.1, 0, 0, 15), "input")
+        self.last = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.planes(self.signs(self.first(x)).mean((2, 3))))
+
+
+@pytest.fixture
+def model() -> Chain:
+    torch.manual_seed(0)
+    return Chain().eval()
+
+
+EXAMPLE = torch.randn(2, 1, 9, 9, generator=random(3))
+
+
+def test_accelerate_gives_a_copy_that_computes_the_same(model):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with recording() as ledger:
+        fast = fw.accelerate(model, EXAMPLE, keep_slower=True)
+    assert {name for name, value in model.state_dict().items() if not torch.equal(before[name], value)} == set()
+    assert type(model.signs) is nn.Conv2d
+    assert {row.path: row.executor for row in executed(fast)} == {"signs": "xnor_popcount", "planes": "bitplane_and"}
+    assert all(row.used and row.float_ms > 0 and row.packed_ms > 0 for row in executed(fast))
+    assert [row["path"] for row in ledger.tables["executors"]] == ["signs", "planes"]
+    assert "no codes" in ledger.skipped["first"]
+    x = torch.randn(5, 1, 12, 7)
+    torch.testing.assert_close(fast(x), model(x).detach())
+
+
+def test_what_is_slower_stays_float_and_that_is_said(model):
+    with recording() as ledger:
+        fast = fw.accelerate(model, EXAMPLE)
+    slow = [row for row in executed(fast) if row.ratio >= 1]
+    assert all(row.used == (row.ratio < 1) for row in executed(fast))
+    for row in slow:  # a layer of 24 x 12 is over before it is packed
+        assert type(fast.get_submodule(row.path)) in (nn.Linear, nn.Conv2d)
+        assert "stays float" in ledger.skipped[row.path]
+    assert "planes" in {row.path for row in slow}
+
+
+def test_copies_pickles_states_and_layouts(model):
+    fast = fw.accelerate(model, EXAMPLE, keep_slower=True)
+    wanted = fast(EXAMPLE)
+    assert torch.equal(copy.deepcopy(fast)(EXAMPLE), wanted)
+    buffer = io.BytesIO()
+    torch.save(fast, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(EXAMPLE), wanted)
+    other = fw.accelerate(Chain(), EXAMPLE, keep_slower=True)
+    other.load_state_dict(fast.state_dict())
+    assert torch.equal(other(EXAMPLE), wanted)
+    assert torch.equal(fast(EXAMPLE.to(memory_format=torch.channels_last)), wanted)
+    strided = torch.zeros(2, 1, 9, 18)[..., ::2].copy_(EXAMPLE)
+    assert not strided.is_contiguous()
+    assert torch.equal(fast(strided), wanted)
+    assert fast(EXAMPLE[:0]).shape == (0, 3)
+
+
+def test_threads_change_no_result():
+    layer = signed(nn.Conv2d(64, 48, 3, padding=1, groups=2))
+    linear = signed(nn.Linear(700, 300))
+    x, rows = torch.randn(3, 64, 40, 40), torch.randn(65, 700)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append((xnor_popcount(layer)(x), xnor_popcount(linear)(rows)))
+    finally:
+        torch.set_num_threads(threads)
+    for found in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found, results[0], strict=True))
+
+
+@pytest.mark.parametrize("name", sorted(entries("executor")))
+def test_an_executor_says_why_it_does_not_take_a_float_layer(name):
+    told = entries("executor")[name](nn.Linear(4, 4))
+    assert isinstance(told, str)
+    assert told
+
+
+def test_refusals(model):
+    packed = xnor_popcount(model.signs)
+    with pytest.raises(BadData, match="was given a tensor of shape"):
+        packed(torch.randn(1, 3, 9, 9))
+    with pytest.raises(BadData, match="has no gradient"):
+        packed(torch.randn(1, 16, 9, 9, requires_grad=True))
+    with pytest.raises(BadData, match="takes floats on the CPU"):
+        packed(torch.ones(1, 16, 9, 9, dtype=torch.int64))
+    with pytest.raises(BadData, match="too small for a kernel"):
+        xnor_popcount(signed(nn.Conv2d(16, 4, 5)))(torch.randn(1, 16, 4, 9))
+    with pytest.raises(MissingNeed, match="pass example_inputs"):
+        fw.accelerate(model)
+    with pytest.raises(UnknownName, match="xnor_popcount"):
+        fw.accelerate(model, EXAMPLE, executors=["xnor_popcnt"])
+    with pytest.raises(UnknownName, match="an executor, no method"):
+        fw.compress(model, None, "xnor_popcount")
+    with pytest.raises(BadOption, match="not made by accelerate"):
+        executed(model)
+    with pytest.raises(FeatherweightError, match="BitConv2d was swapped in"):
+        fw.save(fw.accelerate(model, EXAMPLE, keep_slower=True), os.devnull)
+
+
+def test_a_layer_with_hooks_of_its_own_stays(model):
+    model.signs.register_forward_hook(lambda module, args, output: output + 1)
+    with recording() as ledger:
+        fast = fw.accelerate(model, EXAMPLE, keep_slower=True)
+    assert "hooks" in ledger.skipped["signs"]
+    assert torch.equal(fast.signs(torch.ones(1, 16, 5, 5)), model.signs(torch.ones(1, 16, 5, 5)))
+
+
+def test_soft_weights_are_baked_in_the_copy_alone():
+    from featherweight.ingredients.grid.dorefa import DoReFaWeights
+
+    layer = nn.Linear(128, 64)
+    attach(layer, DoReFaWeights(1, torch.ones(())))
+    attach(layer, Signs(0.5), "input")
+    x = torch.randn(3, 128)
+    fast = fw.accelerate(nn.Sequential(layer), x, keep_slower=True)
+    assert executed(fast)[0].executor == "xnor_popcount"
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), layer(x))
+    assert codes_of(layer) is None
+    assert codes_of(bake(layer)) is not None
+
+
+PYTHON = """
+import torch
+from torch import nn
+from test_runtime import signed, with_integers
+from featherweight.core.forms import attach
+from featherweight.core.grids import ActivationGrid
+from featherweight.runtime.executors.bitplane_and import bitplane_and
+from featherweight.runtime.executors.xnor_popcount import xnor_popcount
+x = torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(0))
+conv = signed(nn.Conv2d(5, 6, 3, padding=1))
+linear = with_integers(nn.Linear(80, 5), torch.arange(400).view(5, 80) % 4, 1.5)
+linear.bias.data.round_()
+attach(linear, ActivationGrid(0.5, 0, 0, 3), "input")
+with torch.no_grad():
+    assert torch.equal(xnor_popcount(conv)(x), conv(x))
+    rows = x.view(2, 80)
+    assert torch.equal(bitplane_and(linear)(rows), linear(rows))
+"""
+
+
+def test_the_same_without_compiling():
+    here = str(Path(__file__).parent)
+    env = os.environ | {"NUMBA_DISABLE_JIT": "1", "PYTHONPATH": os.pathsep.join([here, *sys.path])}
+    done = subprocess.run([sys.executable, "-c", PYTHON], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
