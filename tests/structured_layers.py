@@ -17,7 +17,7 @@ from featherweight.core.structured import StructuredConv2d, StructuredLayer, fro
 from featherweight.core.surgery import swap
 
 DENSE = {
-    "square": lambda: nn.Linear(12, 12),
+    "square": lambda: nn.Linear(12, 12, bias=False),
     "wide": lambda: nn.Linear(15, 8, bias=False),
     "tall": lambda: nn.Linear(6, 20),
     "conv": lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2),

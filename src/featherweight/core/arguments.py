@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from featherweight.core.structured import StructuredConv2d, StructuredLayer, StructuredLinear
+from featherweight.core.structured import StructuredConv2d, StructuredEmbedding, StructuredLayer, StructuredLinear
 from featherweight.core.structures import sound
 
 HUGE = 1e18  # epsilons and the like
@@ -145,6 +145,8 @@ def _says_its_size(module: StructuredLayer) -> bool:
     match module:
         case StructuredLinear():
             return module.weight_shape == (module.out_features, module.in_features)
+        case StructuredEmbedding():
+            return module.weight_shape == (module.num_embeddings, module.embedding_dim)
         case StructuredConv2d():
             sizes = module.out_channels, module.in_channels // max(1, module.groups), *module.kernel_size
             return module.weight_shape == sizes

@@ -14,13 +14,19 @@ from featherweight.core.surgery import Where, altered, swap, taps, targets
 from featherweight.core.task import Task, device_of, eval_mode, to_device
 from featherweight.errors import CompressionError
 
-STRUCTURED = (nn.Linear, nn.Conv2d)
+LINEAR_OR_CONV2D = (nn.Linear, nn.Conv2d)
 Choose = Callable[[int, int, int], tuple[Any, ...]]
 """(number of the layer, rows, columns of its weight as a matrix) -> the structure's word and settings."""
 
 
-def impose(model: nn.Module, task: Task, where: Where, choose: Choose) -> None:
-    """Exchanges chosen layers for structured ones that start near to them, in place.
+def impose(
+    model: nn.Module,
+    task: Task,
+    where: Where,
+    choose: Choose,
+    types: tuple[type[nn.Module], ...] = LINEAR_OR_CONV2D,
+) -> None:
+    """Exchanges chosen layers of these types for structured ones that start near to them, in place.
 
     A layer stays as it is, and that is reported, where the structure needs as many parameters as its weight has.
 
@@ -28,7 +34,7 @@ def impose(model: nn.Module, task: Task, where: Where, choose: Choose) -> None:
         BadOption, UnknownName: `where` chooses no layer.
         CompressionError: no layer was exchanged.
     """
-    layers = targets(model, where, STRUCTURED)
+    layers = targets(model, where, types)
     inputs = example_inputs(model, task, list(layers))
     reasons: dict[str, str] = {}
     for number, (path, layer) in enumerate(layers.items()):
@@ -67,6 +73,8 @@ def unexchangeable(model: nn.Module, layer: nn.Module, seen: Tensor | None) -> s
         return "its weight is shared with another layer"
     if reason := altered(layer):
         return reason
+    if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.sparse or layer.scale_grad_by_freq):
+        return "its rows are renormalised, or their gradients sparse or scaled: build the embedding without that"
     if any(activation_form(layer, at) is not None for at in ACTIVATIONS):
         return "its activations are quantized: exchange layers before that"
     return ""

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from featherweight.core.arguments import fits
 from featherweight.core.forms import foreign
-from featherweight.core.structured import StructuredConv2d, StructuredLinear
+from featherweight.core.structured import StructuredConv2d, StructuredEmbedding, StructuredLinear
 from featherweight.errors import FeatherweightError, FormatError, shown
 
 # The layers that a file may name, with the constructor arguments that their attributes hold.
@@ -64,6 +64,7 @@ LEAVES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
         ((nn.Upsample,), ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")),
         ((StructuredLinear,), StructuredLinear.settings),
         ((StructuredConv2d,), StructuredConv2d.settings),
+        ((StructuredEmbedding,), StructuredEmbedding.settings),
         ((nn.ZeroPad1d, nn.ZeroPad2d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad2d), ("padding",)),
     )
     for t in kinds

@@ -1,6 +1,7 @@
-"""Linear and convolution layers whose weight a structure makes: what is trained and stored are its free parameters.
+"""Linear, convolution and embedding layers whose weight a structure makes: its free parameters are trained and stored.
 
-They stand where `nn.Linear` and `nn.Conv2d` stood, count each free parameter once, and are leaves of a file.
+They stand where `nn.Linear`, `nn.Conv2d` and `nn.Embedding` stood, count each free parameter once, and are leaves of a
+file.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class StructuredLayer(nn.Module, ABC):
     def arguments(self) -> dict[str, Any]:
         """The arguments that would build this layer again."""
         held = {name: getattr(self, name) for name in self.settings}
-        return held | {"bias": self.bias is not None}
+        return held | ({"bias": self.bias is not None} if "bias" in held else {})
 
     @property
     @abstractmethod
@@ -176,21 +177,56 @@ class StructuredConv2d(StructuredLayer):
         return math.prod(out) * self.matrix.columns + self.matrix.making()
 
 
+@final
+class StructuredEmbedding(StructuredLayer):
+    """Rows of a structured matrix by their numbers; only those asked for are made.
+
+    The row `padding_idx`, as torch has it, gets no gradient from where it is asked for.
+    """
+
+    settings = ("num_embeddings", "embedding_dim", "padding_idx", "structure")
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, structure: Sequence[Any]
+    ) -> None:
+        super().__init__(structure, num_embeddings, embedding_dim, False)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return self.matrix.rows, self.matrix.columns
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.matrix.some_rows(self.free, x)
+        if self.padding_idx is None:
+            return found
+        return torch.where((x == self.padding_idx % self.num_embeddings).unsqueeze(-1), found.detach(), found)
+
+    def through(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.embedding(x, weight)
+
+    def macs(self, given: Sequence[int], out: Sequence[int]) -> int:
+        return 0
+
+
 def from_dense(layer: nn.Module, structure: Sequence[Any]) -> StructuredLayer:
-    """The structured layer that comes near to a linear or convolution layer: its weight projected, its bias kept.
+    """The structured layer that comes near to a plain one: its weight projected, its bias kept.
 
     Raises:
-        BadOption: the layer is neither, or no such structure can be had at its size.
+        BadOption: the layer is of another type, or no such structure can be had at its size.
     """
     weight = cast(Tensor, layer.weight)
-    bias = cast("Tensor | None", layer.bias)
+    bias = cast("Tensor | None", getattr(layer, "bias", None))
     if isinstance(layer, nn.Linear):
         new: StructuredLayer = StructuredLinear(layer.in_features, layer.out_features, bias is not None, structure)
     elif isinstance(layer, nn.Conv2d):
         args = {name: getattr(layer, name) for name in CONV}
         new = StructuredConv2d(**args, bias=bias is not None, structure=structure)
+    elif isinstance(layer, nn.Embedding):
+        new = StructuredEmbedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, structure)
     else:
-        raise BadOption(f"a {type(layer).__name__} cannot be structured: choose linear layers and 2-d convolutions")
+        wanted = "linear layers, 2-d convolutions and embeddings"
+        raise BadOption(f"a {type(layer).__name__} cannot be structured: choose {wanted}")
     new = new.to(weight.device, weight.dtype).train(layer.training)
     new.set_dense(weight, bias)
     return new

@@ -88,6 +88,10 @@ class Structure(ABC):
         """The matrix times vectors, (..., columns) -> (..., rows), in the way that this class executes it."""
 
     @abstractmethod
+    def some_rows(self, free: Free, index: Tensor) -> Tensor:
+        """These rows of the matrix, (...) -> (..., columns)."""
+
+    @abstractmethod
     def making(self) -> int:
         """Multiplications that making the matrix once takes."""
 
@@ -128,12 +132,22 @@ class Tied(Structure):
         return {name: (sums / counts).to(matrix.dtype).view(shape)}
 
     def matrix(self, free: Free) -> Tensor:
-        (weights,) = free.values()
-        both = torch.cat([weights.flatten(), -weights.flatten()])
+        both = _both(free)
         return both.index_select(0, self.table.to(both.device)).view(self.rows, self.columns)
+
+    def some_rows(self, free: Free, index: Tensor) -> Tensor:
+        both = _both(free)
+        table = self.table.to(both.device).view(self.rows, self.columns)[index]
+        return both.index_select(0, table.flatten()).view(*index.shape, self.columns)
 
     def making(self) -> int:
         return 0
+
+
+def _both(free: Free) -> Tensor:
+    """Weights and, behind them, their negatives."""
+    (weights,) = free.values()
+    return torch.cat([weights.flatten(), -weights.flatten()])
 
 
 @final

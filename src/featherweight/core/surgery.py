@@ -22,7 +22,7 @@ Where = nn.Module | str | type | Callable[[str, nn.Module], bool] | Sequence[Any
 
 PLAIN: tuple[type[nn.Module], ...] = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d),
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Embedding),
 )
 """The layers of which `altered` knows what they compute."""
 
@@ -52,6 +52,7 @@ class Layer:
 
 WhereWeighted = Annotated[Where, Layers(WEIGHTED)]
 WhereLinearOrConv2d = Annotated[Where, Layers((nn.Linear, nn.Conv2d))]
+WhereLinearConv2dOrEmbedding = Annotated[Where, Layers((nn.Linear, nn.Conv2d, nn.Embedding))]
 
 
 def targets(
