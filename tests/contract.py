@@ -36,7 +36,7 @@ class Ran:
     folder: Path
 
     def again(self, out: Path) -> fw.Result:
-        return fw.compress(self.original, self.task, self.entry.id, out=out, **self.entry.small)
+        return fw.compress(self.original, self.task, self.entry.id, out=out, measure=False, **self.entry.small)
 
 
 def trained() -> tuple[nn.Module, Task]:
