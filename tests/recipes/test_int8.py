@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import featherweight as fw
 from conftest import small_cnn, small_task
 from featherweight import zoo
 from featherweight.core.fit import fit
@@ -186,3 +187,14 @@ def test_a_model_without_a_graph_is_quantized_without_folding() -> None:
     assert any(text.startswith("batch norm is not folded") for text in ledger.notes)
     assert isinstance(small.get_submodule("norm"), nn.BatchNorm2d)
     assert codes_of(bake(small).get_submodule("conv")) is not None
+
+
+def test_a_grid_that_stands_at_several_places_goes_into_a_file_without_class(tmp_path) -> None:
+    """LeNet-5's pooling keeps the grid of what it reads."""
+    torch.manual_seed(0)
+    images = torch.rand(64, 1, 28, 28)
+    task = Task(valid=[(images, torch.randint(0, 10, (64,)))], calibration=[images])
+    result = fw.compress(zoo.build("lenet5"), task, "int8", out=tmp_path, measure=False, onnx=False)
+    assert result.report["file"]["class_free"], result.report["file"]
+    with torch.no_grad():
+        assert torch.equal(fw.load(tmp_path / "model.fw")(images), result.model(images))

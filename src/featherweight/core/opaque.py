@@ -37,7 +37,8 @@ def opaque_layers(model: nn.Module) -> Iterator[None]:
     """A block in which recurrent layers (of sequences in batches) and forms on activations are one operator each."""
     every = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
     found = [m for m in every if type(m) in KINDS and "forward" not in vars(m)]
-    forms = [form for held in activation_forms(model).values() for at, form in held.items() if at != "grad"]
+    held = [form for forms in activation_forms(model).values() for at, form in forms.items() if at != "grad"]
+    forms = list(dict.fromkeys(held))  # one grid may stand at several places
     for module in found:
         module.forward = _standing_in(module)
     for form in forms:
