@@ -65,3 +65,24 @@ def small_cnn(classes: int = 4) -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(16, classes),
     )
+
+
+class Sentences(nn.Module):
+    """Token numbers to classes: an embedding, the mean over the tokens, a linear layer."""
+
+    def __init__(self, tokens: int = 60, width: int = 24, classes: int = 4) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(tokens, width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embedding(ids).mean(1))
+
+
+def token_task(tokens: int = 60, classes: int = 4, n: int = 128) -> core.Task:
+    """Sentences of six tokens, half of them of those that belong to the class."""
+    generator = torch.Generator().manual_seed(1)
+    y = torch.arange(n) % classes
+    own = torch.randint(tokens // classes, (n, 3), generator=generator) * classes + y[:, None]
+    x = torch.cat([own, torch.randint(tokens, (n, 3), generator=generator)], 1)
+    return core.Task(train=Batches(x[:96], y[:96]), valid=Batches(x[96:], y[96:]))

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import featherweight as fw
-from conftest import small_cnn, small_task
+from conftest import Sentences, small_cnn, small_task, token_task
 from featherweight.catalogue import Entry
 from featherweight.core.blueprint import blueprint
 from featherweight.core.forms import bake
@@ -39,9 +39,21 @@ class Ran:
         return fw.compress(self.original, self.task, self.entry.id, out=out, measure=False, **self.entry.small)
 
 
-def trained() -> tuple[nn.Module, Task]:
+# Methods on layers that the small network of images does not have: a network that has them, and its task.
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Task]]] = {
+    "albert_embedding": (Sentences, token_task),
+}
+
+
+def network(name: str = "") -> tuple[nn.Module, Task]:
+    """The network, untrained, and the task on which a method is checked."""
+    make, task = NETWORKS.get(name, (small_cnn, small_task))
+    return make(), task()
+
+
+def trained(name: str = "") -> tuple[nn.Module, Task]:
     torch.manual_seed(0)
-    model, task = small_cnn(), small_task()
+    model, task = network(name)
     return fw.fit(model, task, epochs=6, lr=0.01).eval(), task
 
 
@@ -126,7 +138,7 @@ def check_bare_file_is_exact(ran: Ran) -> None:
     file = ran.folder / "bare.fw"
     fw.save(ran.result.model, file, bare=True)
     assert file.stat().st_size < (ran.folder / "model.fw").stat().st_size
-    loaded = fw.load(file, into=small_cnn()).eval()
+    loaded = fw.load(file, into=network(ran.entry.id)[0]).eval()
     x = ran.task.inputs()[0]
     with torch.no_grad():
         assert torch.equal(loaded(*x), ran.result.model(*x))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -61,17 +61,18 @@ def _exchanged(model: nn.Module, path: str, layer: nn.Module, number: int, choos
     return ""
 
 
-def unexchangeable(model: nn.Module, layer: nn.Module, seen: Tensor | None) -> str:
+def unexchangeable(model: nn.Module, layer: nn.Module, seen: Tensor | None, tied: Collection[nn.Module] = ()) -> str:
     """Why a layer cannot be exchanged, whatever for; empty if it can.
 
     Args:
         seen: its example input, None if it was not called.
+        tied: layers with the same weight that are exchanged with it.
     """
     if seen is None:
         return "the model did not call it on its example inputs, or reads its weight directly"
-    if len(owners(model, layer, "weight")) > 1:
+    if any(owner is not layer and owner not in tied for owner, _ in owners(model, layer, "weight")):
         return "its weight is shared with another layer"
-    if reason := altered(layer):
+    if reason := next(filter(None, map(altered, (layer, *tied))), ""):
         return reason
     if isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.sparse or layer.scale_grad_by_freq):
         return "its rows are renormalised, or their gradients sparse or scaled: build the embedding without that"
