@@ -27,6 +27,8 @@ Positive = Annotated[float, Gt(0)]
 Amount = Annotated[float, Ge(0)]
 """Epochs, and weights of loss terms."""
 Count = Annotated[int, Ge(1)]
+Whole = Annotated[int, Ge(0)]
+"""How many of something, perhaps none."""
 Bits = Annotated[int, Interval(ge=1, le=16)]
 
 

@@ -192,10 +192,12 @@ class Place:
     """Tensors that share one activation grid, as (module path, "input" or "output") pairs.
 
     What lies outside of `clamp` the network cuts off right behind this place (a ReLU), so the grid need not reach it.
+    `readers` are the quantized layers whose inputs lie on the grid.
     """
 
     sites: tuple[tuple[str, str], ...]
     clamp: tuple[float, float] = (float("-inf"), float("inf"))
+    readers: tuple[str, ...] = ()
 
 
 @final

@@ -118,7 +118,15 @@ class _Plan:
             if tensor in self.clamp and not self.hosts(tensor):
                 continue  # no module hands it out: the grid stands behind the clamp
             sites.setdefault(grid, {}).update(dict.fromkeys(self.hosts(tensor) or self.own(tensor)))
-        return [Place(tuple(found), self.clamp.get(grid, OPEN)) for grid, found in sites.items() if found]
+        readers: dict[int, dict[str, None]] = {}
+        for step in self.flow.steps:
+            if step.layer is not None:
+                readers.setdefault(self.grid_of[step.reads[0]], {})[step.layer] = None
+        return [
+            Place(tuple(found), self.clamp.get(grid, OPEN), tuple(readers.get(grid, ())))
+            for grid, found in sites.items()
+            if found
+        ]
 
     def hosts(self, tensor: int) -> list[tuple[str, str]]:
         """The one layer that reads the tensor, the module that hands it out, or one whose input covers all readers."""

@@ -16,6 +16,6 @@ def layer_inputs(model: nn.Module, task: Task, layers: Mapping[str, nn.Module]) 
     """One place a layer, each with a grid of its own.
 
     >>> layer_inputs(nn.Sequential(nn.Linear(2, 2)), None, {"0": nn.Linear(2, 2)})
-    [Place(sites=(('0', 'input'),), clamp=(-inf, inf))]
+    [Place(sites=(('0', 'input'),), clamp=(-inf, inf), readers=('0',))]
     """
-    return [Place(((path, "input"),)) for path in layers]
+    return [Place(((path, "input"),), readers=(path,)) for path in layers]
