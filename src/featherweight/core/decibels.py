@@ -40,7 +40,7 @@ class Noise:
 def decibels(signal: Tensor, found: Tensor) -> float:
     """The ratio of a signal's power to that of the difference.
 
-    >>> round(decibels(torch.ones(4), torch.full((4,), 1.1)), 3)
+    >>> round(decibels(Tensor([1.0, 1.0]), Tensor([1.1, 1.1])), 3)
     20.0
     """
     power, noise = (float(v.double().square().sum()) for v in (signal, found - signal))
