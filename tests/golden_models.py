@@ -112,6 +112,19 @@ def blocks() -> nn.Module:
     return model
 
 
+def columns() -> nn.Module:
+    """Products whose columns are one dimension of the weight, alone and in stages."""
+    model = nn.Module()
+    few, books = noise(600, 16), (noise(120, 17) - 8).float().view(2, 5, 6, 2) / 3
+    declared(model, "inputs", Codes((few[:120] % 6).view(24, 5), Product(books[0], 1), (4, 10, 3, 2)))
+    declared(model, "outputs", Codes((few[:300] % 6).view(60, 5), Product(books[1], 0), (10, 4, 15)))
+    declared(model, "last", Codes((few[:300] % 6).view(2, 30, 5), Product(books, 2), (5, 6, 10)))
+    signs = Codes((few[:120] % 6).view(24, 5), Product((books[1] * 3).clamp(0, 2), 1), (4, 10, 3, 2))
+    weight = signs.decode()
+    declared(model, "signs", signs, torch.where((weight == 0) & (weight.cumsum(0) % 4 == 0), -0.0, weight))
+    return model
+
+
 def types() -> nn.Module:
     """Every type of element, raw, in planes and in tables; no dimensions, no elements, eight dimensions; long gaps."""
     model = nn.Module()
@@ -259,6 +272,7 @@ GOLDEN_FILES: dict[str, tuple[Any, dict[str, Any]]] = {
     "rules_adaptive": (rules, {"coder": "deepcabac"}),
     "rules_fixed": (rules, {"bare": True, "coder": "sparse_index"}),
     "blocks": (blocks, {"provenance": {"seed": 3}}),
+    "columns": (columns, {"provenance": {"seed": 4}}),
     "blocks_bare": (blocks, {"bare": True, "coder": "deepcabac"}),
     "types": (types, {}),
     "network": (network, {"provenance": {"seed": 2}, "example_inputs": torch.zeros(2, 1, 8, 8), "class_free": False}),

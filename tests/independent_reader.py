@@ -126,13 +126,16 @@ def affine(source: Bytes, kind: int, shape: tuple[int, ...], byte: int) -> np.nd
 
 
 def product(source: Bytes, kind: int, shape: tuple[int, ...], byte: int) -> np.ndarray:
+    axis = source.take(1)[0] if byte & 32 else None
     _, (*stages, blocks, count, width), held = tensor(source)
-    stage = stages[0] if stages else 1
-    chosen = np.reshape(symbols(source, stage * shape[0] * blocks, count), (stage, shape[0], blocks))
+    stage, rows = stages[0] if stages else 1, prod(shape) // (blocks * width)
+    chosen = np.reshape(symbols(source, stage * rows * blocks, count), (stage, rows, blocks))
     vectors = np.frombuffer(held, "<" + TYPES[kind]).reshape(stage, blocks, count, width)
     total = vectors[0][np.arange(blocks), chosen[0]]
     for own, books in zip(chosen[1:], vectors[1:], strict=True):
         total = total + books[np.arange(blocks), own]
+    if axis is not None:
+        total = np.moveaxis(total.reshape(*shape[:axis], *shape[axis + 1 :], shape[axis]), -1, axis)
     return signed(source, total.reshape(-1).copy(), byte)
 
 

@@ -242,6 +242,11 @@ DECLARED = {
         Product(torch.randn(2, 6, 4, 3, generator=torch.Generator().manual_seed(0))),
         (30, 2, 3, 3),
     ),
+    "product of channels": Codes(
+        torch.randint(0, 4, (30 * 6, 2), generator=torch.Generator().manual_seed(0)),
+        Product(torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)), 1),
+        (30, 6, 2, 3),
+    ),
     "product": Codes(
         torch.randint(0, 4, (30, 6), generator=torch.Generator().manual_seed(0)),
         Product(torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(0))),

@@ -180,6 +180,7 @@ TABLES = {
     "a table per channel": (Table(torch.randn(64, 4), 0), torch.randint(0, 4, (64, 32, 3, 3))),
     "a table per input": (Table(torch.randn(32, 4), 1), torch.randint(0, 4, (64, 32, 3, 3))),
     "vectors": (Product(torch.randn(32, 8, 9)), torch.randint(0, 8, (64, 32))),
+    "vectors of channels": (Product(torch.randn(8, 16, 4), 1), torch.randint(0, 16, (64 * 9, 8))),
     "vectors in stages": (Product(torch.randn(3, 32, 8, 9)), torch.randint(0, 8, (3, 64, 32))),
 }
 

@@ -14,6 +14,7 @@ from featherweight.coding.records import (
     ADDED,
     AFFINE,
     BLOCKS,
+    COLUMNS,
     DECLARED,
     DTYPES,
     NARROWER,
@@ -213,7 +214,9 @@ def _product(tensor: Tensor, symbols: Tensor, rule: Product, decoded: Tensor, co
     if books.shape[-2] > WIDEST or books.dtype not in DTYPES or (books.dim() == 4 and books.dtype not in ADDED):
         return None
     signs = _signs(decoded, tensor, coders)
-    side = _head(tensor, PRODUCT | DECLARED | (SIGNS if signs else 0)) + store(books, None, coders).data
+    along_axis = rule.axis is not None
+    head = _head(tensor, PRODUCT | DECLARED | (SIGNS if signs else 0) | (COLUMNS if along_axis else 0))
+    side = head + (bytes([rule.axis or 0]) if along_axis else b"") + store(books, None, coders).data
     flat = symbols.detach().cpu().reshape(-1).long().numpy()
     return _finish(tensor, PRODUCT, side, flat, books.shape[-2], coders, signs)
 

@@ -40,6 +40,7 @@ LAYOUTS = ("raw", "planes", "table", "affine", "product", "tables")
 DECLARED = 0x08  # the codes of the tensor were declared, and are declared again when it is read
 SIGNS = 0x10  # some zeros of the weight have another sign than its codes say: a stream of signs follows
 BLOCKS = 0x20  # the integer grid has a scale for each run of so many weights
+COLUMNS = 0x20  # of a product: one dimension of the weight is its columns, all others are its rows
 ZEROS = 15  # storage of a raw tensor: every bit is zero, nothing follows
 # Types in which raw elements may be stored if each is exactly representable. The number in the file is the position
 # plus one; 0 is the tensor's own type.

@@ -15,6 +15,7 @@ from featherweight.coding.records import (
     ADDED,
     AFFINE,
     BLOCKS,
+    COLUMNS,
     DECLARED,
     DTYPES,
     FLOATS,
@@ -200,8 +201,9 @@ def _read_affine(reader: Reader, head: Head, kind: int, depth: int) -> Body:
 
 def _read_product(reader: Reader, head: Head, kind: int, depth: int) -> Body:
     (shape, dtype), start = head, reader.position
+    axis = reader.byte() if kind & COLUMNS else None
     books = read_tensor(reader, depth + 1).tensor
-    rows = shape[0] if shape else 0
+    rows = Product(books, axis).rows(shape) if (axis or 0) < len(shape) else 0
     fits = books.dim() in (3, 4) and books.dtype == dtype and (books.dim() == 3 or dtype in ADDED)
     if not fits or not books.numel() or not rows or rows * books.shape[-3] * books.shape[-1] != prod(shape):
         raise FormatError("the file is corrupt: product codebooks do not fit their tensor")
@@ -209,10 +211,11 @@ def _read_product(reader: Reader, head: Head, kind: int, depth: int) -> Body:
         raise FormatError(f"the file is corrupt: a product codebook holds {books.shape[-2]} vectors")
     side = reader.position - start
     seen = (*books.shape[:-3], rows, books.shape[-3])
-    reader.spend((len(seen) - 2) * prod(seen) * books.shape[-1] * dtype.itemsize)  # stages are added one by one
+    copies = len(seen) - 2 + (axis is not None)
+    reader.spend(copies * prod(seen) * books.shape[-1] * dtype.itemsize)  # stages are added one by one
     symbols, coder = unpack_symbols(reader, prod(seen), books.shape[-2])
     streams = [counts(symbols, books.shape[-2])]
-    codes = Codes(torch.from_numpy(symbols.astype(np.int32)).view(seen), Product(books), shape)
+    codes = Codes(torch.from_numpy(symbols.astype(np.int32)).view(seen), Product(books, axis), shape)
     del symbols
     kept = codes if kind & DECLARED else None
     return _signed(reader, head, kind, Body(codes.decode(), side, coder, streams, books.shape[-2], kept))

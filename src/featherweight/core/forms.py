@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
+from math import prod
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -68,17 +69,31 @@ class Product:
     """Product codebook: `codebooks` (m, k, d) hold k vectors for each block of d columns of the flattened weight.
 
     `symbols` are (out, m); `weight[o, block j] = codebooks[j, symbols[o, j]]`. Codebooks of shape (t, m, k, d) are t
-    stages with symbols of shape (t, out, m): what the stages give is added, the first two first.
+    stages with symbols of shape (t, out, m): what the stages give is added, the first two first. With `axis` the
+    columns are that dimension of the weight, and the rows all others in their order (sub-vectors of channels that all
+    places of a kernel share: `axis=1` of a convolution has out * height * width rows).
     """
 
     codebooks: Tensor
+    axis: int | None = None
 
     def decode(self, symbols: Tensor, shape: tuple[int, ...]) -> Tensor:
         if self.codebooks.dim() == 4:
             stages = zip(self.codebooks, symbols, strict=True)
-            return reduce(torch.add, (Product(books).decode(own, shape) for books, own in stages))
+            return reduce(torch.add, (Product(books, self.axis).decode(own, shape) for books, own in stages))
         blocks = [self.codebooks[j, symbols[:, j].long()] for j in range(self.codebooks.shape[0])]
-        return torch.cat(blocks, 1).view(shape)
+        return self.placed(torch.cat(blocks, 1), shape)
+
+    def rows(self, shape: tuple[int, ...]) -> int:
+        """How many rows a weight of this shape has."""
+        return shape[0] if self.axis is None else prod(shape[: self.axis] + shape[self.axis + 1 :])
+
+    def placed(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A matrix (rows, columns) as a weight of this shape."""
+        if self.axis is None:
+            return matrix.reshape(shape)
+        others = shape[: self.axis] + shape[self.axis + 1 :]
+        return matrix.reshape(*others, shape[self.axis]).movedim(-1, self.axis).contiguous()
 
 
 Rule = Affine | Table | Product

@@ -112,12 +112,12 @@ def _even(codes: Codes, table: Table) -> tuple[Tensor, Tensor, int] | None:
 def looked_up(codes: Codes) -> LookedUp | None:
     """Codes as bytes that point into tables, equal to the weight bit for bit; None where they would be longer."""
     rule, symbols, shape = codes.rule, codes.symbols.long(), codes.shape
-    offset = torch.zeros((), dtype=torch.int64)
+    offset, axis = torch.zeros((), dtype=torch.int64), None
     if isinstance(rule, Product):
         vectors = rule.codebooks.reshape(-1, rule.codebooks.shape[-1])
         books, size = rule.codebooks.shape[-3], rule.codebooks.shape[-2]
         offset = size * torch.arange(len(vectors) // size).view(-1, 1, books)
-        symbols = symbols.view(-1, shape[0], books)
+        symbols, axis = symbols.view(-1, rule.rows(shape), books), rule.axis
     elif isinstance(rule, Table):
         vectors, size = rule.values.reshape(-1, 1), rule.values.shape[-1]
         symbols = symbols.view(shape)
@@ -127,29 +127,34 @@ def looked_up(codes: Codes) -> LookedUp | None:
     else:
         return None
     short = size <= 256 and symbols.numel() + 4 * vectors.numel() < 4 * codes.decode().numel()
-    return LookedUp(symbols.to(torch.uint8), offset, vectors, shape) if short else None
+    return LookedUp(symbols.to(torch.uint8), offset, vectors, shape, axis) if short else None
 
 
 class LookedUp(nn.Module):
-    """A weight whose values stand in tables: `sum over stages of vectors[symbols + offset]`, seen as `shape`."""
+    """A weight whose values stand in tables: `sum over stages of vectors[symbols + offset]`, seen as `shape`.
+
+    With `axis` that dimension of the weight is the last of what was looked up.
+    """
 
     symbols: Tensor
     offset: Tensor
     vectors: Tensor
 
-    def __init__(self, symbols: Tensor, offset: Tensor, vectors: Tensor, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, symbols: Tensor, offset: Tensor, vectors: Tensor, shape: tuple[int, ...], axis: int | None = None
+    ) -> None:
         super().__init__()
         self.register_buffer("symbols", symbols)
         self.register_buffer("offset", offset)
         self.register_buffer("vectors", vectors)
-        self.shape = shape
+        self.shape, self.axis = shape, axis
 
     def forward(self, weight: Tensor) -> Tensor:
         stages = self.vectors[self.symbols.to(torch.int64) + self.offset]
         total = stages[0]
         for stage in stages[1:]:
             total = total + stage
-        return total.reshape(self.shape)
+        return Product(self.vectors, self.axis).placed(total, self.shape)
 
 
 class Halved(nn.Module):
