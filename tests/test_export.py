@@ -302,3 +302,17 @@ def test_files_that_are_no_onnx(tmp_path: Path) -> None:
         session(tmp_path / "m.onnx")
     with pytest.raises(FormatError, match="does not load"):
         session(tmp_path / "absent.onnx")
+
+
+def test_biases_stay_float_where_the_grids_are_too_coarse_for_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(4, 8)
+    for bits, whole in ((8, True), (2, False)):
+        model = nn.Sequential(nn.Linear(8, 4))
+        attach(model[0], SymmetricGrid(bits))
+        attach(model[0], covering(0.0, 1.0, bits), "input")
+        report = onnx(model, tmp_path / "m.onnx", example_inputs=x)
+        stored = onnx_format.load(str(tmp_path / "m.onnx")).graph.initializer
+        assert any(t.data_type == onnx_format.TensorProto.INT32 and t.dims for t in stored) is whole
+        assert report.moved <= 0.005
+        assert report.difference < 1e-2

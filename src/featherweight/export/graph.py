@@ -8,6 +8,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 Array = np.ndarray[Any, Any]
+COARSE = 0.005  # of the largest bias of a layer: what its biases may move by to become integers
 
 
 class Values:
@@ -114,7 +115,9 @@ def explicit_zero_points(proto: ModelProto) -> None:
 def integer_biases(proto: ModelProto) -> float:
     """Biases between a quantized input and a stored weight become int32 on the product of the two scales.
 
-    Returns the largest change of a bias, relative to the largest of its layer.
+    Where that product is coarse, as for few bits, a bias would move by more than `COARSE` of the largest of its layer:
+    then the biases of that layer stay float. Returns the largest change of a bias, relative to the largest of its
+    layer.
     """
     values, moved, nodes = Values(proto), 0.0, []
     for node in proto.graph.node:
@@ -127,8 +130,8 @@ def integer_biases(proto: ModelProto) -> float:
             if act is not None and act[1].ndim == 0 and weight is not None and bias is not None and bias.ndim == 1:
                 scale = (act[1].astype(np.float64) * weight[1].astype(np.float64)).astype(np.float32)
                 symbols = np.round(bias.astype(np.float64) / scale)
-                if np.abs(symbols).max(initial=0) < 2**30:
-                    change = np.abs(symbols * scale - bias).max(initial=0) / max(np.abs(bias).max(initial=0), 1e-30)
+                change = np.abs(symbols * scale - bias).max(initial=0) / max(np.abs(bias).max(initial=0), 1e-30)
+                if np.abs(symbols).max(initial=0) < 2**30 and change <= COARSE:
                     moved = max(moved, float(change))
                     name = f"{node.output[0]}_bias"
                     stored = values.add(f"{name}_stored", symbols.astype(np.int32))
