@@ -14,8 +14,8 @@ from featherweight.core.calibration import calibrate, remark
 from featherweight.core.fit import Optimizers
 from featherweight.core.flow import follow
 from featherweight.core.fold import fold_batchnorm
-from featherweight.core.forms import Affine, Form, attach, codes_of, has_forms
-from featherweight.core.grids import Place, Seen
+from featherweight.core.forms import Affine, Form, activation_form, attach, codes_of, has_forms
+from featherweight.core.grids import ActivationGrid, Place, Seen
 from featherweight.core.ledger import note, skip
 from featherweight.core.site import PerLayer, Site, per_layer
 from featherweight.core.surgery import WhereLinearOrConv2d
@@ -95,15 +95,15 @@ def quantize(
     """
     found, bits = per_layer(model, "weight_bits", weight_bits, where, types=LAYERS)
     step = taught(task, model, teacher_share) if epochs else None
-    ends = _ends(model, task) & found.keys() if keep_first_last or first_last_bits is not None else set()
-    chosen = _without(found, ends) if keep_first_last else found
+    ends = {*ends_of(model, task)} & found.keys() if keep_first_last or first_last_bits is not None else set()
+    chosen = without(found, ends) if keep_first_last else found
     bits |= dict.fromkeys(ends, first_last_bits) if first_last_bits is not None else {}
 
     puts: list[Callable[[], None]] = []
     if weights is not None:
         puts.append(partial(_snap, model, chosen, bits, fill("grid", weights), trained=epochs > 0))
     if acts is not None:
-        places = fill("place", place)(model, task, {path: site.module for path, site in chosen.items()})
+        places = _open(model, fill("place", place)(model, task, {path: site.module for path, site in chosen.items()}))
         inputs = {(path, "input") for path in ends}
         widths = [(first_last_bits or act_bits) if inputs & {*p.sites} else act_bits for p in places]
         puts.append(partial(_place, model, task, places, fill("range", acts), widths, calibration_batches))
@@ -138,14 +138,14 @@ def _told(weights: bool, bits: Mapping[str, int], chosen: Mapping[str, Site], *r
     return ", ".join(p for p in [*parts, f"gradients {grad_bits}" if grads is not None else ""] if p) + " bits"
 
 
-def _ends(model: nn.Module, task: Task) -> set[str]:
-    """The paths of the first and the last layer that run."""
+def ends_of(model: nn.Module, task: Task) -> list[str]:
+    """The paths of the first and the last layer that run; none if the example inputs reach none."""
     layers = {path: m for path, m in model.named_modules() if isinstance(m, LAYERS)}
     order = [step.layer for step in follow(model, task.inputs(), layers).steps if step.layer is not None]
-    return {order[0], order[-1]} if order else set()
+    return [order[0], order[-1]] if order else []
 
 
-def _without(found: Mapping[str, Site], ends: set[str]) -> dict[str, Site]:
+def without(found: Mapping[str, Site], ends: set[str]) -> dict[str, Site]:
     """The chosen layers without the first and the last that run, whichever are chosen."""
     for path in ends:
         skip(path, "the first and the last layer stay float: pass keep_first_last=False to quantize them too")
@@ -166,6 +166,18 @@ def _snap(model: nn.Module, chosen: Mapping[str, Site], bits: Mapping[str, int],
             attach(site.module, grid(site, bits[path]), root=model)
         else:
             note(f"{path}: its weights keep the integers that an earlier method gave them")
+
+
+def _open(model: nn.Module, places: list[Place]) -> list[Place]:
+    """The places where no form stands that is no grid: signs of an earlier method stay what they are."""
+    found = []
+    for place in places:
+        forms = {(path, at): activation_form(model.get_submodule(path), at) for path, at in place.sites}
+        other = {site: form for site, form in forms.items() if form and not isinstance(form.settled(), ActivationGrid)}
+        for (path, at), form in other.items():
+            skip(path, f"its {at} keeps the {type(form).__name__} that an earlier method put there")
+        found += [] if other else [place]
+    return found
 
 
 def _place(model: nn.Module, task: Task, places: list[Place], make: Range, bits: list[int], batches: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from conftest import small_cnn, small_task
 from featherweight.catalogue import entry
+from featherweight.core.binary import BinaryWeights
 from featherweight.core.fit import fit
 from featherweight.core.forms import Mask, attach, bake, codes_of
 from featherweight.core.ledger import recording
@@ -18,7 +19,7 @@ from featherweight.core.site import Site
 from featherweight.core.task import Task, evaluate
 from featherweight.errors import BadOption, CompressionError
 from featherweight.export import onnx
-from featherweight.ingredients.grid.bwn import BinaryWeights, binary
+from featherweight.ingredients.grid.bwn import binary
 
 
 @pytest.fixture(scope="module")

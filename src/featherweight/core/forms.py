@@ -583,11 +583,15 @@ def activation_forms(model: nn.Module) -> dict[str, dict[str, Form]]:
 
 # The hooks are functions that look their form up on the module, so that a deep copy finds its own.
 def _on_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (module._modules["fw_input"](args[0]), *args[1:])  # type: ignore[misc]
+    value = module._modules["fw_input"](args[0])  # type: ignore[misc]
+    if isinstance(value, tuple):  # a form may put something aside for the form on the output of the same call
+        value, module.__dict__["_fw_aside"] = value
+    return (value, *args[1:])
 
 
 def _on_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return module._modules["fw_output"](output)  # type: ignore[misc]
+    form, aside = module._modules["fw_output"], module.__dict__.pop("_fw_aside", None)
+    return form(output) if aside is None else form(output, aside)  # type: ignore[misc]
 
 
 def _on_grad(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
