@@ -3,7 +3,8 @@
 A value is `(2 q - z) * h`: q an unsigned integer of a few bits, of which bit plane i is packed into words of 64, z an
 integer (an odd one for signs, whose grid has no zero), h half the grid's step. So the products of integers are
 `sum (2 q - z)(2 q' - z') = 4 sum_ij 2^(i+j) popcount(plane_i & plane'_j) - 2 z' sum q - 2 z sum q' + K z z'`,
-and for signs `K - 2 popcount(plane ^ plane')`. Both are `alpha * counts - beta * sum q + base`.
+and for signs `K - 2 popcount(plane ^ plane')`. Both are
+`base - beta * sum q + 4 counts`, with -2 in the place of 4 for signs.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from featherweight.runtime.popcounts import (
 
 PIECE = 512  # values of one channel whose bits are gathered at a time: eight planes of words fit the first cache
 WORD = 64
+SPAN = 32  # blocks of outputs whose sums a thread keeps: with ROWS rows 8 kB
 
 
 class Quantizer(NamedTuple):
@@ -38,13 +40,13 @@ class Quantizer(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """What becomes of the counts: `(alpha counts - beta sum q + base) * scale + bias`, arrays with a value an output.
+    """What becomes of the counts: `(base - beta sum q + 4 counts) * scale + bias`, with `xor` -2 in the place of 4.
 
+    Arrays with a value for every output.
     With thresholds (an array that is not empty) +1 where `direction * product >= threshold`, else -1.
     """
 
     xor: bool
-    alpha: int
     beta: Any
     scale: Any
     bias: Any
@@ -116,89 +118,104 @@ def pack_images(x: Any, how: Quantizer, words: Any, origin: tuple[int, int], fir
 
 
 @njit(cache=True, nogil=True)
-def _count(
-    xor: bool, taken: int, rows: tuple[Any, int, int], lanes: tuple[Any, int, int], length: int, counts: Any
+def _multiply(
+    xor: bool, taken: int, rows: tuple[Any, int, int], lanes: tuple[Any, int, int], length: int, sums: Any, to: int
 ) -> None:
-    """`counts[r, lane] = sum_ij 2^(i+j) popcount(plane i of row r op plane j of the lanes)`, for ROWS rows or one.
+    """Adds the products of `taken` rows (ROWS or one) with a block of LANES to sums (ROWS, ...), from column `to`.
+
+    That is `4 sum_ij 2^(i+j) popcount(plane i of a row & plane j of a lane)`, or `-2 popcount(row ^ lane)`.
 
     Args:
         rows: words, where the first row starts, its planes; rows follow each other, and so do the planes of one.
-        lanes: words, where the block of LANES starts, its planes.
+        lanes: words, where the block starts, its planes.
     """
     words, at, planes = rows
     block, start, others = lanes
-    for i in range(taken * LANES):
-        counts[i] = 0
-    for i in range(planes):
-        for j in range(others):
-            row, column, stride = at + i * length, start + j * length * LANES, planes * length
-            if taken == ROWS:
-                if xor:
-                    differing_four(words, row, stride, block, column, length, i + j, counts)
+    stride = planes * length
+    if xor and taken == ROWS:
+        differing_four(words, at, stride, block, start, length, 1, sums, to)
+    elif xor:
+        differing_one(words, at, stride, block, start, length, 1, sums, to)
+    else:
+        for i in range(planes):
+            for j in range(others):
+                row, lane = at + i * length, start + j * length * LANES
+                if taken == ROWS:
+                    common_four(words, row, stride, block, lane, length, 2 + i + j, sums, to)
                 else:
-                    common_four(words, row, stride, block, column, length, i + j, counts)
-            elif xor:
-                differing_one(words, row, stride, block, column, length, i + j, counts)
-            else:
-                common_one(words, row, stride, block, column, length, i + j, counts)
-
-
-@njit(cache=True, nogil=True)
-def _ended(product: Any, o: int, numbers: Numbers) -> Any:
-    """The product of integers of output o as it leaves the layer."""
-    if numbers.threshold.size:
-        return np.float32(1) if numbers.direction[o] * product >= numbers.threshold[o] else np.float32(-1)
-    return np.float32(product) * numbers.scale[o] + numbers.bias[o]
+                    common_one(words, row, stride, block, lane, length, 2 + i + j, sums, to)
 
 
 @njit(cache=True, nogil=True)
 def linear(x: Any, lanes: Any, planes: int, numbers: Numbers, out: Any, first: int, last: int) -> None:
     """out (n, o) from x (n, bits, words) as packed and `lanes` (blocks, planes, words, LANES), flat.
 
-    `first` to `last` count blocks of LANES outputs.
+    `first` to `last` count blocks of LANES outputs; the numbers are there for whole blocks.
     """
     batch, bits, length = x.shape
-    words, wide = x.reshape(-1), out.shape[1]
-    alpha, beta = numbers.alpha, numbers.beta
-    sums = np.zeros(batch, dtype=np.int32)
+    words, size = x.reshape(-1), planes * length * LANES
+    totals = np.zeros(batch, dtype=np.int32)
     for n in range(0 if numbers.xor else batch):
         for i in range(bits):
             for k in range(length):
-                sums[n] += popcount(x[n, i, k]) << i
-    counts = np.zeros(ROWS * LANES, dtype=np.int32)
-    for b in range(first, last):
-        block = (lanes, b * planes * length * LANES, planes)
+                totals[n] += popcount(x[n, i, k]) << i
+    sums = np.zeros((ROWS, SPAN * LANES), dtype=np.int32)
+    for start in range(first, last, SPAN):
+        o, blocks = start * LANES, min(SPAN, last - start)
+        base, beta = numbers.base[o:], numbers.beta[o:]  # an index from zero is known to be none from the end
         n = 0
         while n < batch:
             taken = ROWS if n + ROWS <= batch else 1
-            _count(numbers.xor, taken, (words, n * bits * length, bits), block, length, counts)
             for r in range(taken):
-                for lane in range(min(LANES, wide - b * LANES)):
-                    o = b * LANES + lane
-                    product = alpha * counts[r * LANES + lane] - beta[o] * sums[n + r] + numbers.base[o]
-                    out[n + r, o] = _ended(product, o, numbers)
+                row, total = sums[r], totals[n + r]
+                for lane in range(blocks * LANES):
+                    row[lane] = np.int32(base[lane] - beta[lane] * total)
+            for b in range(blocks):
+                rows, block = (words, n * bits * length, bits), (lanes, (start + b) * size, planes)
+                _multiply(numbers.xor, taken, rows, block, length, sums, b * LANES)
+            for r in range(taken):
+                _write_row(sums[r], o, numbers, out[n + r, o : o + blocks * LANES])
             n += taken
 
 
 @njit(cache=True, nogil=True)
-def _gather(image: Any, where: Taps, corners: Any, lanes: Any) -> None:
-    """LANES patches of one plane of an image (words of channels, positions), side by side.
+def _write_row(sums: Any, o: int, numbers: Numbers, row: Any) -> None:
+    """Products of outputs from o on as they leave the layer."""
+    if numbers.threshold.size:
+        direction, threshold = numbers.direction[o:], numbers.threshold[o:]
+        for lane in range(row.size):
+            row[lane] = np.float32(1) if direction[lane] * sums[lane] >= threshold[lane] else np.float32(-1)
+    else:
+        scale, bias = numbers.scale[o:], numbers.bias[o:]
+        for lane in range(row.size):
+            row[lane] = np.float32(sums[lane]) * scale[lane] + bias[lane]
 
-    Bit `tap * channels + c` of lane l is channel c at that tap of the pixel whose corner is l.
+
+@njit(cache=True, nogil=True)
+def _gather(image: Any, where: Taps, origin: int, lanes: Any) -> None:
+    """Patches of LANES pixels of an image (bits, words of channels, positions), side by side, plane after plane.
+
+    Bit `tap * channels + c` of a lane is channel c at that tap. Lanes beyond the last pixel repeat it.
     """
-    for t in range(where.taps.size):
-        for w in range(image.shape[0]):
-            row, bit = image[w], t * where.channels + w * WORD
-            into, start = bit % WORD, bit // WORD * LANES
-            for lane in range(LANES):
-                word = row[corners[lane] + where.taps[t]]
-                if into == 0:
-                    lanes[start + lane] = word
-                else:
-                    lanes[start + lane] |= word << np.uint64(into)
-            if into + min(WORD, where.channels - w * WORD) > WORD:
+    bits, depth, _ = image.shape
+    length = (where.taps.size * where.channels + WORD - 1) // WORD
+    corners = np.empty(LANES, dtype=np.int64)
+    for lane in range(LANES):
+        corners[lane] = where.corners[min(origin + lane, where.corners.size - 1)]
+    for i in range(bits):
+        for t in range(where.taps.size):
+            for w in range(depth):
+                row, bit = image[i, w], t * where.channels + w * WORD
+                into, start = bit % WORD, (i * length + bit // WORD) * LANES
                 for lane in range(LANES):
-                    lanes[start + LANES + lane] = row[corners[lane] + where.taps[t]] >> np.uint64(WORD - into)
+                    word = row[corners[lane] + where.taps[t]]
+                    if into == 0:
+                        lanes[start + lane] = word
+                    else:
+                        lanes[start + lane] |= word << np.uint64(into)
+                if into + min(WORD, where.channels - w * WORD) > WORD:
+                    for lane in range(LANES):
+                        lanes[start + LANES + lane] = row[corners[lane] + where.taps[t]] >> np.uint64(WORD - into)
 
 
 @njit(cache=True, nogil=True)
@@ -218,38 +235,45 @@ def convolve(x: Any, rows: Any, where: Taps, numbers: Numbers, out: Any, first: 
     `first` to `last` count (n, group, run of `together` blocks of LANES pixels).
     """
     _, groups, bits, _, _ = x.shape
-    outputs, pixels, together = out.shape[1] // groups, out.shape[2], where.together
-    alpha, beta = numbers.alpha, numbers.beta
+    outputs, pixels, span = out.shape[1] // groups, out.shape[2], where.together * LANES
     _, planes, length = rows.shape
-    words, size = rows.reshape(-1), length * LANES
-    runs = (pixels + together * LANES - 1) // (together * LANES)
-    patches = np.zeros(together * bits * size, dtype=np.uint64)
-    corners = np.zeros(together * LANES, dtype=np.int64)
-    sums = np.zeros(together * LANES, dtype=np.int32)
-    counts = np.zeros(ROWS * LANES, dtype=np.int32)
+    words, size = rows.reshape(-1), bits * length * LANES
+    runs = (pixels + span - 1) // span
+    patches = np.zeros(where.together * size, dtype=np.uint64)
+    totals, sums = np.zeros(span, dtype=np.int32), np.zeros((ROWS, span), dtype=np.int32)
     for job in range(first, last):
-        n, g, run = job // (groups * runs), job // runs % groups, job % runs
-        origin = run * together * LANES
-        present = min(together * LANES, pixels - origin)
-        blocks = (present + LANES - 1) // LANES
-        for p in range(blocks * LANES):
-            corners[p] = where.corners[min(origin + p, pixels - 1)]
+        n, g, origin = job // (groups * runs), job // runs % groups, job % runs * span
+        present = min(span, pixels - origin)
+        kinds, blocks = where.kinds[origin : origin + span], (present + LANES - 1) // LANES
         for b in range(blocks):
-            for i in range(bits):
-                _gather(x[n, g, i], where, corners[b * LANES :], patches[(b * bits + i) * size :])
+            _gather(x[n, g], where, origin + b * LANES, patches[b * size :])
             if not numbers.xor:
-                _sum(patches[b * bits * size :], bits, length, sums[b * LANES :])
+                _sum(patches[b * size :], bits, length, totals[b * LANES :])
         o = 0
         while o < outputs:
             taken = ROWS if o + ROWS <= outputs else 1
+            for r in range(taken):
+                q = g * outputs + o + r
+                row, base, beta = sums[r], numbers.base[q], numbers.beta[q]
+                for lane in range(present):
+                    row[lane] = np.int32(base[kinds[lane]] - beta * totals[lane])
             for b in range(blocks):
-                row = (words, (g * outputs + o) * planes * length, planes)
-                _count(numbers.xor, taken, row, (patches, b * bits * size, bits), length, counts)
-                for r in range(taken):
-                    q = g * outputs + o + r
-                    for lane in range(min(LANES, present - b * LANES)):
-                        p = origin + b * LANES + lane
-                        product = alpha * counts[r * LANES + lane] - beta[q] * sums[b * LANES + lane]
-                        product += numbers.base[q, where.kinds[p]]
-                        out[n, q, p] = _ended(product, q, numbers)
+                four = (words, (g * outputs + o) * planes * length, planes)
+                _multiply(numbers.xor, taken, four, (patches, b * size, bits), length, sums, b * LANES)
+            for r in range(taken):
+                q = g * outputs + o + r
+                _write(sums[r], q, numbers, out[n, q, origin : origin + present])
             o += taken
+
+
+@njit(cache=True, nogil=True)
+def _write(sums: Any, q: int, numbers: Numbers, row: Any) -> None:
+    """Products of output q as they leave the layer."""
+    if numbers.threshold.size:
+        direction, threshold = numbers.direction[q], numbers.threshold[q]
+        for lane in range(row.size):
+            row[lane] = np.float32(1) if direction * sums[lane] >= threshold else np.float32(-1)
+    else:
+        scale, bias = numbers.scale[q], numbers.bias[q]
+        for lane in range(row.size):
+            row[lane] = np.float32(sums[lane]) * scale + bias

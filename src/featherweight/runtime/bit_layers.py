@@ -19,7 +19,7 @@ from featherweight.runtime.popcounts import LANES
 from featherweight.runtime.threads import divided
 
 WORD = 64
-BUFFER = 1 << 14  # words of patches that one thread works on: 128 kB, so that they stay in the second cache
+BUFFER = 1 << 15  # words of patches that one thread works on: 256 kB, so that they stay in the second cache
 COUNTED = 1000.0  # pairs of words of which one thread counts the bits in a microsecond, at least
 PACKED = 1000.0  # values that one thread packs in a microsecond
 
@@ -72,7 +72,15 @@ class BitLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = digits.q.shape
         self.levels, self.bits = levels, digits.bits
-        rows = planes(F.pad(digits.q, (0, 0, 0, -self.out_features % LANES)), digits.bits)
+        whole = -self.out_features % LANES  # outputs that fill the last block, and are left out when it is written
+        digits = Digits(
+            F.pad(digits.q, (0, 0, 0, whole)),
+            F.pad(digits.z, (0, whole), value=int(digits.z[0])),
+            F.pad(digits.half, (0, whole)),
+            digits.bits,
+        )
+        bias = None if bias is None else F.pad(bias, (0, whole))
+        rows = planes(digits.q, digits.bits)
         lanes = rows.reshape(-1, LANES, *rows.shape[1:]).transpose(0, 2, 3, 1)  # (blocks, planes, words, LANES)
         self.register_buffer("lanes", _stored(lanes))
         self.ends = Ends(digits, levels, bias)
@@ -167,9 +175,11 @@ class BitConv2d(nn.Module):
 
     def _multiply(self, words: Any, places: Places, out: Any) -> None:
         n, pixels, length = len(words), out.shape[2], self.rows.shape[2]
-        together = max(1, min(BUFFER // (length * LANES * self.levels.bits), -(-pixels // LANES)))
+        blocks = -(-pixels // LANES)
+        runs = -(-blocks * length * LANES * self.levels.bits // BUFFER)
         if n * self.groups == 1:  # one image: as many runs as there are threads
-            together = max(1, min(together, -(-pixels // (LANES * torch.get_num_threads()))))
+            runs = max(runs, min(blocks, torch.get_num_threads()))
+        together = -(-blocks // min(runs, blocks))  # runs of one length
         channels = self.in_channels // self.groups
         base = _base(self.ends.xor, self.totals, places.inside, channels, self.z, self.levels.z)
         where = Taps(channels, places.taps, places.corners, places.kinds, together)
@@ -250,7 +260,7 @@ class Ends(nn.Module):
         """As the kernels read them."""
         scaled = (self.scale.float().numpy(), self.bias.float().numpy())
         ends = (self.threshold.numpy(), self.direction.numpy())
-        return Numbers(self.xor, -2 if self.xor else 4, self.beta.numpy(), *scaled, *ends, base.numpy())
+        return Numbers(self.xor, self.beta.numpy(), *scaled, *ends, base.numpy())
 
 
 def _base(xor: bool, totals: Tensor, inside: Tensor, channels: int, z_weight: Tensor, z_input: int) -> Tensor:

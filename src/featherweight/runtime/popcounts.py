@@ -1,4 +1,4 @@
-"""Counts of common (`and`) or different (`xor`) bits of packed words, sixteen lanes at a time.
+"""Counts of common bits of packed words, added to sums, or of different bits, taken off; sixteen lanes at a time.
 
 The inner loop is given to LLVM as vectors of eight words: with AVX512-VPOPCNTDQ each is one instruction, elsewhere LLVM
 puts in what the machine has. With NUMBA_DISABLE_JIT=1 the Python beside it runs.
@@ -43,12 +43,14 @@ overload(popcount)(lambda word: lambda word: _popcount(word))  # type: ignore[ca
 def _python(rows: int, xor: bool) -> Callable[..., None]:
     """What a tile does, on NumPy arrays."""
 
-    def tile(words: Any, at: int, stride: int, lanes: Any, start: int, length: int, shift: int, counts: Any) -> None:
+    def tile(
+        words: Any, at: int, stride: int, lanes: Any, start: int, length: int, shift: int, sums: Any, to: int
+    ) -> None:
         block = lanes[start : start + length * LANES].reshape(length, LANES)
         for r in range(rows):
             row = words[at + r * stride : at + r * stride + length, None]
-            ones = np.bitwise_count(row ^ block if xor else row & block).sum(0, dtype=np.int32)
-            counts[r * LANES : (r + 1) * LANES] += ones << shift
+            ones = np.bitwise_count(row ^ block if xor else row & block).sum(0, dtype=np.int32) << shift
+            sums[r, to : to + LANES] += -ones if xor else ones
 
     return tile
 
@@ -58,10 +60,19 @@ def _compiled(rows: int, xor: bool) -> Any:
 
     @intrinsic
     def tile(
-        typing: Any, words: Any, at: Any, stride: Any, lanes: Any, start: Any, length: Any, shift: Any, counts: Any
+        typing: Any,
+        words: Any,
+        at: Any,
+        stride: Any,
+        lanes: Any,
+        start: Any,
+        length: Any,
+        shift: Any,
+        sums: Any,
+        to: Any,
     ) -> Any:
         size = types.intp
-        signature = types.void(words, size, size, lanes, size, size, size, counts)
+        signature = types.void(words, size, size, lanes, size, size, size, sums, size)
 
         def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             _emit(context, builder, signature, args, rows, xor)
@@ -73,60 +84,51 @@ def _compiled(rows: int, xor: bool) -> Any:
 
 
 def _emit(context: Any, builder: Any, signature: Any, args: Any, rows: int, xor: bool) -> None:
-    """`counts[r, lane] += popcount(row r op lane) << shift`, summed over `length` words in one loop."""
-    _, at, stride, _, start, length, shift, _ = args
-    words, lanes, counts = (context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 3, 7))
-    vectors = LANES // VECTOR
-    heads = [builder.gep(words, [builder.add(at, builder.mul(stride, WORD(r)))]) for r in range(rows)]
-    block = builder.gep(lanes, [start])
-    entry = builder.block
+    """One loop over the words of the rows and the lanes, then the sums are added to what is there."""
+    _, at, stride, _, start, length, shift, _, to = args
+    words, lanes, sums = (context.make_array(signature.args[i])(context, builder, args[i]) for i in (0, 3, 7))
+    pitch = cgutils.unpack_tuple(builder, sums.shape)[1]
+    vectors = range(LANES // VECTOR)
+    heads = [builder.gep(words.data, [builder.add(at, builder.mul(stride, WORD(r)))]) for r in range(rows)]
+    block = builder.gep(lanes.data, [start])
+    zero, entry = ir.Constant(WORDS, [0] * VECTOR), builder.block
     loop, done = builder.append_basic_block("words"), builder.append_basic_block("counted")
-    builder.cbranch(builder.icmp_signed(">", length, WORD(0)), loop, done)
+    builder.branch(loop)  # there is at least one word
 
     builder.position_at_end(loop)
     k = builder.phi(WORD)
-    k.add_incoming(WORD(0), entry)
-    sums = [[builder.phi(WORDS) for _ in range(vectors)] for _ in range(rows)]
-    side = [
-        _vector(builder, block, builder.add(builder.mul(k, WORD(LANES)), WORD(VECTOR * v)), WORDS)
-        for v in range(vectors)
-    ]
+    held = [[builder.phi(WORDS) for _ in vectors] for _ in range(rows)]
+    side = [_load(builder, block, builder.add(builder.mul(k, WORD(LANES)), WORD(VECTOR * v)), WORDS) for v in vectors]
     count = cgutils.get_or_insert_function(builder.module, ir.FunctionType(WORDS, [WORDS]), f"llvm.ctpop.v{VECTOR}i64")
-    more = []
+    found = []
     for r in range(rows):
         word = _spread(builder, builder.load(builder.gep(heads[r], [k])))
         pairs = [builder.xor(word, one) if xor else builder.and_(word, one) for one in side]
-        more.append([builder.add(old, builder.call(count, [pair])) for old, pair in zip(sums[r], pairs, strict=True)])
+        found.append([builder.add(old, builder.call(count, [pair])) for old, pair in zip(held[r], pairs, strict=True)])
     after = builder.add(k, WORD(1))
-    k.add_incoming(after, loop)
     builder.cbranch(builder.icmp_signed("<", after, length), loop, done)
+    for phi, first, later in [
+        (k, WORD(0), after),
+        *((held[r][v], zero, found[r][v]) for r in range(rows) for v in vectors),
+    ]:
+        phi.add_incoming(first, entry)
+        phi.add_incoming(later, loop)
 
-    zero = ir.Constant(WORDS, [0] * VECTOR)
-    for r in range(rows):
-        for v in range(vectors):
-            sums[r][v].add_incoming(zero, entry)
-            sums[r][v].add_incoming(more[r][v], loop)
     builder.position_at_end(done)
-    totals = [[builder.phi(WORDS) for _ in range(vectors)] for _ in range(rows)]
-    for r in range(rows):
-        for v in range(vectors):
-            totals[r][v].add_incoming(zero, entry)
-            totals[r][v].add_incoming(more[r][v], loop)
     by = _spread(builder, builder.trunc(shift, SUMS.element))
     for r in range(rows):
-        for v in range(vectors):
-            place = WORD(r * LANES + v * VECTOR)
-            told = builder.shl(builder.trunc(totals[r][v], SUMS), by)
-            old = _vector(builder, counts, place, SUMS)
-            stored = builder.store(builder.add(old, told), _pointer(builder, counts, place, SUMS))
-            stored.align = 4
+        for v in vectors:
+            place = builder.add(builder.add(to, builder.mul(pitch, WORD(r))), WORD(VECTOR * v))
+            told, old = builder.shl(builder.trunc(found[r][v], SUMS), by), _load(builder, sums.data, place, SUMS)
+            new = builder.sub(old, told) if xor else builder.add(old, told)
+            builder.store(new, _pointer(builder, sums.data, place, SUMS)).align = SUMS.element.width // 8
 
 
 def _pointer(builder: Any, data: Any, at: Any, kind: Any) -> Any:
     return builder.bitcast(builder.gep(data, [at]), kind.as_pointer())
 
 
-def _vector(builder: Any, data: Any, at: Any, kind: Any) -> Any:
+def _load(builder: Any, data: Any, at: Any, kind: Any) -> Any:
     loaded = builder.load(_pointer(builder, data, at, kind))
     loaded.align = kind.element.width // 8
     return loaded
@@ -145,9 +147,9 @@ def _offered(rows: int, xor: bool) -> Callable[..., None]:
     python, compiled = _python(rows, xor), _compiled(rows, xor)
 
     overload(python)(
-        lambda words, at, stride, lanes, start, length, shift, counts: (
-            lambda words, at, stride, lanes, start, length, shift, counts: compiled(
-                words, at, stride, lanes, start, length, shift, counts
+        lambda words, at, stride, lanes, start, length, shift, sums, to: (
+            lambda words, at, stride, lanes, start, length, shift, sums, to: compiled(
+                words, at, stride, lanes, start, length, shift, sums, to
             )
         )
     )
