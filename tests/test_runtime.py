@@ -309,6 +309,40 @@ def test_soft_weights_are_baked_in_the_copy_alone():
     assert codes_of(bake(layer)) is not None
 
 
+class Binary(nn.Module):
+    """Batch norms between layers of signs, with factors of both signs and of zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = signed(nn.Conv2d(3, 20, 3, padding=1)), signed(nn.Conv2d(20, 20, 3, stride=2))
+        self.three, self.four = signed(nn.Linear(180, 30)), signed(nn.Linear(30, 10))
+        self.norms = nn.ModuleList([nn.BatchNorm2d(20), nn.BatchNorm2d(20), nn.BatchNorm1d(30), nn.BatchNorm1d(10)])
+        for norm in self.norms:
+            for values in (norm.running_mean, norm.weight.data, norm.bias.data):
+                values.copy_(torch.randn(values.shape, generator=random(len(values))) * 2)
+            norm.running_var.copy_(torch.rand(norm.running_var.shape, generator=random(1)) * 40 + 1e-3)
+            norm.weight.data[0], norm.weight.data[1], norm.bias.data[1] = 0.0, 0.0, -1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.nn.functional.max_pool2d(torch.nn.functional.hardtanh(self.norms[0](self.one(x))), 2)
+        x = self.norms[2](self.three(self.norms[1](self.two(x)).flatten(1)))
+        return self.norms[3](self.four(x.clamp(-1, 1)))
+
+
+def test_batch_norm_and_signs_become_thresholds():
+    model = Binary().eval()
+    x = torch.randn(40, 3, 14, 14, generator=random(0))
+    with recording() as ledger:
+        fast = fw.accelerate(model, x, keep_slower=True)
+    assert [type(norm) for norm in fast.norms] == [nn.Identity, nn.Identity, nn.Identity, nn.BatchNorm1d]
+    assert sum("integer thresholds" in note for note in ledger.notes) == 3
+    assert set(fast.one(x).unique().tolist()) == {-1.0, 1.0}
+    assert (fast.one.ends.direction == -1).any()
+    with torch.no_grad():
+        assert torch.equal(fast.one(x) >= 0, model.norms[0](model.one(x)) >= 0)
+        assert torch.equal(fast(x), model(x))
+
+
 PYTHON = """
 import torch
 from torch import nn

@@ -74,7 +74,7 @@ def _pairs(model: nn.Module, example_inputs: Any) -> dict[str, nn.Module | str]:
             continue
         path = paths[id(norm)]
         once = path not in found
-        found[path] = altered(norm) or _layer_before(node, names, owners) if once else "it is used more than once"
+        found[path] = altered(norm) or _scalable_before(node, names, owners) if once else "it is used more than once"
     for path in paths.values():
         found.setdefault(path, "it has no running statistics, or the example inputs do not reach it")
     return found
@@ -114,8 +114,6 @@ def _layer_before(node: fx.Node, names: dict[str, str], owners: dict[str, list[n
         return "the weight before it is shared, or belongs to no layer"
     if reason := altered(layers[0]):
         return reason
-    if (codes := codes_of(layers[0])) is not None and not scalable(codes, layers[0]):
-        return "the codes of the layer before it have no scale or table of its own for each channel"
     reasons = {
         "the output of the layer before it is read elsewhere too": len(before.users) > 1,
         "the layer before it is used more than once": len(weight.users) > 1,
@@ -123,6 +121,59 @@ def _layer_before(node: fx.Node, names: dict[str, str], owners: dict[str, list[n
         and before.meta["val"].dim() != 2,
     }
     return next((reason for reason, holds in reasons.items() if holds), layers[0])
+
+
+def _scalable_before(node: fx.Node, names: dict[str, str], owners: dict[str, list[nn.Module]]) -> nn.Module | str:
+    """The layer before a norm, if its channels can be scaled."""
+    layer = _layer_before(node, names, owners)
+    if isinstance(layer, nn.Module) and (codes := codes_of(layer)) is not None and not scalable(codes, layer):
+        return "the codes of the layer before it have no scale or table of its own for each channel"
+    return layer
+
+
+def signs_behind(model: nn.Module, example_inputs: Any) -> dict[str, str]:
+    """Layers whose output only a batch norm reads, of which only `>= 0` is read: its path by the layer's.
+
+    What keeps signs may stand between: clipping around zero, pooling by maxima, movement. The model holds no forms.
+
+    Raises:
+        TraceError: the model cannot be traced.
+    """
+    program = trace(model, example_inputs)
+    names, owners = graph_inputs(program).tensors, _owners(model)
+    paths = {id(module): path for path, module in model.named_modules()}
+    found: dict[str, str] = {}
+    for node in program.graph.nodes:
+        norm = _norm_of(node, names, owners)
+        if norm is None or altered(norm) or not _only_signs(node):
+            continue
+        layer = _layer_before(node, names, owners)
+        if isinstance(layer, nn.Module) and paths[id(layer)] not in found:
+            found[paths[id(layer)]] = paths[id(norm)]
+    norms = list(found.values())
+    return {layer: norm for layer, norm in found.items() if norms.count(norm) == 1}
+
+
+KEEPING_SIGNS = {
+    *("detach", "clone", "contiguous", "alias", "dropout", "max_pool1d", "max_pool2d"),
+    *("view", "reshape", "_unsafe_view", "flatten", "permute", "transpose", "squeeze", "unsqueeze"),
+}
+
+
+def _only_signs(node: fx.Node) -> bool:
+    """Whether all that is read of a node is which values are at least zero."""
+    return bool(node.users) and all(_reads_signs(user) for user in node.users)
+
+
+def _reads_signs(node: fx.Node) -> bool:
+    name = operator_name(node) if node.op == "call_function" else ""
+    if name == "ge":
+        return len(node.args) == 2 and bool(node.args[1] == 0)
+    if name in ("hardtanh", "clamp"):
+        limits: list[Any] = [*node.args[1:], *(-1.0, 1.0)[len(node.args) - 1 :]]
+        around = all(isinstance(limit, (int, float)) for limit in limits) and limits[0] < 0 <= limits[1]
+        return around and not node.kwargs and _only_signs(node)
+    return name in KEEPING_SIGNS and _only_signs(node)
 
 
 @torch.no_grad()

@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 from featherweight.allowed import checked
 from featherweight.catalogue import entries, entry
+from featherweight.core.fold import signs_behind
 from featherweight.core.forms import activation_form, attach, bake
-from featherweight.core.ledger import show, skip
+from featherweight.core.ledger import note, show, skip
 from featherweight.core.measuring import interleaved
+from featherweight.core.signs import Signs
 from featherweight.core.surgery import Layers, Where, altered, swap, targets
 from featherweight.core.task import as_call
 from featherweight.core.wired import Wired
-from featherweight.errors import BadOption, MissingNeed
+from featherweight.errors import BadOption, MissingNeed, TraceError
+from featherweight.runtime.bit_layers import BitConv2d, BitLinear
 
 TYPES = (nn.Linear, nn.Conv2d)
 Executor = Callable[[nn.Module], nn.Module | str]
@@ -68,7 +71,9 @@ def accelerate(
     tried = {name: entry(name, "executor") for name in (entries("executor") if executors is None else executors)}
     model = bake(copy.deepcopy(model)).eval().requires_grad_(False)
     layers = targets(model, where, TYPES)
-    seen = _inputs(model, layers, _example(model, example_inputs))
+    call = _example(model, example_inputs)
+    seen = _inputs(model, layers, call)
+    signs = _signs(model, call)
     rows: list[Executed] = []
     for path, layer in layers.items():
         reason = _untouchable(layer) or ("" if path in seen else "the example inputs do not reach it")
@@ -81,6 +86,8 @@ def accelerate(
         best = min(timed, key=lambda row: row.ratio)
         rows += [row for row in timed if row is not best]
         rows.append(_decided(model, best, packed[best.executor], keep_slower))
+        if rows[-1].used and path in signs:
+            _fold(model, path, signs[path])
     show("executors", [asdict(row) for row in rows])
     model._fw_executed = rows  # type: ignore[assignment]
     return model
@@ -125,6 +132,28 @@ def _inputs(
         for handle in handles:
             handle.remove()
     return seen
+
+
+def _signs(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, str]:
+    """The batch norm behind a layer of which only signs are read, by the layer's path; none in a model without any."""
+    kinds = {type(module) for module in model.modules()}
+    if Signs not in kinds or not kinds & {nn.BatchNorm1d, nn.BatchNorm2d}:
+        return {}
+    try:
+        return signs_behind(model, call)
+    except TraceError as error:
+        note(f"no batch norm was folded into integer thresholds: {error}")
+        return {}
+
+
+def _fold(model: nn.Module, path: str, norm: str) -> None:
+    """Batch norm and signs behind a packed layer become a comparison of its integers."""
+    layer = model.get_submodule(path)
+    if isinstance(layer, (BitLinear, BitConv2d)) and activation_form(layer, "output") is None:
+        with torch.no_grad():
+            layer.fold(model.get_submodule(norm))
+        swap(model, norm, nn.Identity())
+        note(f"{norm} and the signs behind it are integer thresholds of {path}")
 
 
 def _untouchable(layer: nn.Module) -> str:

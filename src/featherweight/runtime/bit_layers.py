@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, final
@@ -88,6 +89,10 @@ class BitLinear(nn.Module):
         base = _base(self.ends.xor, digits.q.sum(1, keepdim=True), ones, self.in_features, digits.z, levels.z)
         self.register_buffer("base", base[:, 0])
 
+    def fold(self, norm: nn.Module) -> None:
+        """Signs behind this batch norm leave the layer from now on, see `Ends.fold`."""
+        self.ends.fold(norm, (1, self.out_features), most(self.in_features, self.bits, self.levels.bits))
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, weight {self.bits} bit, input {self.levels.bits} bit"
 
@@ -141,6 +146,11 @@ class BitConv2d(nn.Module):
         self.register_buffer("totals", by_tap.sum(3).flatten(1))
         self.register_buffer("z", digits.z.clone())
         self.ends = Ends(digits, levels, layer.bias)
+
+    def fold(self, norm: nn.Module) -> None:
+        """Signs behind this batch norm leave the layer from now on, see `Ends.fold`."""
+        terms = self.in_channels // self.groups * self.totals.shape[1]
+        self.ends.fold(norm, (1, self.out_channels, 1, 1), most(terms, self.bits, self.levels.bits))
 
     def extra_repr(self) -> str:
         shape = f"{self.in_channels}, {self.out_channels}, kernel {self.kernel}, groups {self.groups}"
@@ -256,11 +266,43 @@ class Ends(nn.Module):
         self.register_buffer("threshold", torch.zeros(0, dtype=torch.int32))
         self.register_buffer("direction", torch.zeros(0, dtype=torch.int32))
 
+    def fold(self, norm: nn.Module, shape: tuple[int, ...], most: int) -> None:
+        """Puts batch norm and `>= 0` into one comparison of integers; from then on +1 and -1 leave the layer.
+
+        Where the norm's factor is negative, large products become -1. The norm itself says for which integers it is
+        at least zero, so that the signs are those of its own roundings. What it gives rises or falls with the product,
+        so the first integer is found by bisection.
+
+        Args:
+            shape: of a batch of one, one value for each output.
+            most: no product is larger than this.
+        """
+
+        def above(products: Tensor) -> Tensor:
+            values = products.float() * self.scale[: len(products)] + self.bias[: len(products)]
+            return norm(values.view(shape)).flatten() >= 0
+
+        limit = torch.full((math.prod(shape),), most, dtype=torch.int64)
+        rising, falling = above(limit), above(-limit)
+        direction = torch.where(falling & ~rising, -1, 1)
+        low, high = -limit, limit + torch.where(rising | falling, 0, 1)  # the first is in low..high; beyond it none is
+        while bool((low < high).any()):
+            middle = torch.div(low + high, 2, rounding_mode="floor")
+            reached = above(direction * middle)
+            low, high = torch.where(reached, low, (middle + 1).minimum(high)), torch.where(reached, middle, high)
+        filled = (0, len(self.scale) - len(high))  # outputs that fill the last block of a linear layer
+        self.threshold, self.direction = F.pad(high.int(), filled), F.pad(direction.int(), filled)
+
     def numbers(self, base: Tensor) -> Numbers:
         """As the kernels read them."""
         scaled = (self.scale.float().numpy(), self.bias.float().numpy())
         ends = (self.threshold.numpy(), self.direction.numpy())
         return Numbers(self.xor, self.beta.numpy(), *scaled, *ends, base.numpy())
+
+
+def most(terms: int, weight_bits: int, bits: int) -> int:
+    """No sum of so many products of integers in half steps is larger."""
+    return 4 * terms * (2**weight_bits - 1) * (2**bits - 1)
 
 
 def _base(xor: bool, totals: Tensor, inside: Tensor, channels: int, z_weight: Tensor, z_input: int) -> Tensor:
@@ -296,8 +338,8 @@ def packed(layer: nn.Module, digits: Digits, levels: Levels) -> BitLinear | BitC
     terms = digits.q[0].numel() if len(digits.q) else 0
     if terms == 0:
         return "it has no weights"
-    if 4 * terms * (2**digits.bits - 1) * (2**levels.bits - 1) >= 2**31:
-        return f"sums of {terms} products of {digits.bits} and {levels.bits} bits can exceed 32 bits"
+    if most(terms, digits.bits, levels.bits) >= 2**30:
+        return f"sums of {terms} products of {digits.bits} and {levels.bits} bits can exceed 30 bits"
     if isinstance(layer, nn.Conv2d):
         return BitConv2d(digits, levels, layer)
     if isinstance(layer, nn.Linear):
