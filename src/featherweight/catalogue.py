@@ -307,6 +307,11 @@ def entry(name: str, kind: str | None = None) -> Entry:
     raise unknown(kind or "method", name, [*known, *by_alias])
 
 
+def ingredients(slot: str) -> dict[str, Callable[..., Any]]:
+    """What fills a slot, by name."""
+    return dict(_discovered()[1].get(slot, {}))
+
+
 def takers_of(slot: str) -> dict[str, str]:
     """The methods with an option that takes the ingredients of a slot: id -> name of the option."""
     found = {}
@@ -326,7 +331,7 @@ def fill(slot: str, given: str | Callable[..., Any]) -> Callable[..., Any]:
     """
     if callable(given):
         return given
-    known = _discovered()[1].get(slot, {})
+    known = ingredients(slot)
     if given not in known:
         raise unknown(slot, given, known)
     return known[given]
@@ -341,7 +346,7 @@ class Slot:
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         from pydantic_core import core_schema
 
-        return core_schema.literal_schema(sorted(_discovered()[1].get(self.name, {})))
+        return core_schema.literal_schema(sorted(ingredients(self.name)))
 
 
 def check_option(found: Entry, name: str, value: Any) -> None:
