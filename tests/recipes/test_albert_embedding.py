@@ -79,7 +79,7 @@ def test_a_tied_output_layer_stays_tied_and_is_stored_once(tmp_path):
     assert told["ties"] == {"head.1.weight": "embedding.0.weight"}
     for loaded in (fw.load(tmp_path / "model.fw"), fw.load(tmp_path / "model.fw", into=Language())):
         assert torch.equal(loaded(x), found(x))
-        assert loaded.head[1].weight is loaded.embedding[0].weight
+        assert loaded.get_submodule("head.1").weight is loaded.get_submodule("embedding.0").weight
     assert cost(found, x).macs < cost(model, x).macs  # the output layer is a product of thin matrices
 
 

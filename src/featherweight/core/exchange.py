@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from featherweight.core.forms import ACTIVATIONS, activation_form, mask_of, owners
 from featherweight.core.ledger import note, skip
 from featherweight.core.structured import from_dense
+from featherweight.core.structures import made
 from featherweight.core.surgery import Where, altered, swap, taps, targets
 from featherweight.core.task import Task, device_of, eval_mode, to_device
 from featherweight.errors import CompressionError
@@ -25,10 +26,14 @@ def impose(
     where: Where,
     choose: Choose,
     types: tuple[type[nn.Module], ...] = LINEAR_OR_CONV2D,
+    steps: int = 0,
 ) -> None:
     """Exchanges chosen layers of these types for structured ones that start near to them, in place.
 
     A layer stays as it is, and that is reported, where the structure needs as many parameters as its weight has.
+
+    Args:
+        steps: of L-BFGS towards each weight, for structures whose projection is not the nearest.
 
     Raises:
         BadOption, UnknownName: `where` chooses no layer.
@@ -38,7 +43,8 @@ def impose(
     inputs = example_inputs(model, task, list(layers))
     reasons: dict[str, str] = {}
     for number, (path, layer) in enumerate(layers.items()):
-        reasons[path] = unexchangeable(model, layer, inputs.get(path)) or _exchanged(model, path, layer, number, choose)
+        reasons[path] = unexchangeable(model, layer, inputs.get(path))
+        reasons[path] = reasons[path] or _exchanged(model, path, layer, choose(number, *_sizes(layer)), steps)
         if reasons[path]:
             skip(path, reasons[path])
     if all(reasons.values()):
@@ -46,17 +52,23 @@ def impose(
         raise CompressionError(f"no layer would get smaller ({why}): choose other layers or a smaller structure")
 
 
-def _exchanged(model: nn.Module, path: str, layer: nn.Module, number: int, choose: Choose) -> str:
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    weight = cast(Tensor, layer.weight)
+    return len(weight), weight.numel() // len(weight)
+
+
+def _exchanged(model: nn.Module, path: str, layer: nn.Module, told: tuple[Any, ...], steps: int) -> str:
     """Exchanges one layer; why not, where it stays."""
     weight = cast(Tensor, layer.weight).detach()
-    rows, columns = weight.flatten(1).shape
-    new = from_dense(layer, choose(number, rows, columns))
-    if new.matrix.size >= weight.numel():
-        return f"a {new.matrix.word} matrix of {rows} x {columns} needs {new.matrix.size} parameters, no fewer than now"
+    rows, columns = _sizes(layer)
+    size = made(told, rows, columns).size
+    if size >= weight.numel():
+        return f"a {told[0]} matrix of {rows} x {columns} needs {size} parameters, no fewer than now"
+    new = from_dense(layer, told, steps)
     if mask_of(layer) is not None:
         note(f"the weight of {path} is shared: its pruned weights are zeros no more")
     lost = float((weight - new.dense().detach()).norm() / weight.norm().clamp(min=1e-30))
-    note(f"{path}: {new.matrix.size} of {weight.numel()} parameters, {lost:.0%} of the weight off before training")
+    note(f"{path}: {size} of {weight.numel()} parameters, {lost:.0%} of the weight off before training")
     swap(model, path, new)
     return ""
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from featherweight.core.structures import Structure, made
+from featherweight.core import displacements  # noqa: F401 - its structures are known by name from here on
+from featherweight.core.structures import Structure, made, near
 from featherweight.errors import BadOption
 
 CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
@@ -50,7 +51,8 @@ class StructuredLayer(nn.Module, ABC):
         for name, shape in self.matrix.shapes().items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.register_parameter("bias", nn.Parameter(torch.empty(rows)) if bias else None)
-        self.reset_parameters()
+        if not any(p.is_meta for p in self.free.values()):  # without contents there is no start
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """A random start: the entries of the weight, and the bias, have the spread that torch gives a plain layer."""
@@ -70,10 +72,10 @@ class StructuredLayer(nn.Module, ABC):
         """The weight that the free parameters make, in the shape that the plain layer has."""
         return self.matrix.matrix(self.free).view(self.weight_shape)
 
-    def set_dense(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Sets the free parameters to the projection of a weight, and the bias."""
+    def set_dense(self, weight: Tensor, bias: Tensor | None, steps: int = 0) -> None:
+        """Sets the free parameters to some near a weight (see `structures.near`), and the bias."""
         with torch.no_grad():
-            for name, value in self.matrix.project(weight.detach().flatten(1)).items():
+            for name, value in near(self.matrix, weight.detach().flatten(1), steps).items():
                 self.get_parameter(name).copy_(value)
             if bias is not None and self.bias is not None:
                 self.bias.copy_(bias)
@@ -209,8 +211,11 @@ class StructuredEmbedding(StructuredLayer):
         return 0
 
 
-def from_dense(layer: nn.Module, structure: Sequence[Any]) -> StructuredLayer:
+def from_dense(layer: nn.Module, structure: Sequence[Any], steps: int = 0) -> StructuredLayer:
     """The structured layer that comes near to a plain one: its weight projected, its bias kept.
+
+    Args:
+        steps: of L-BFGS that bring it nearer, where the projection is not the nearest.
 
     Raises:
         BadOption: the layer is of another type, or no such structure can be had at its size.
@@ -228,7 +233,7 @@ def from_dense(layer: nn.Module, structure: Sequence[Any]) -> StructuredLayer:
         wanted = "linear layers, 2-d convolutions and embeddings"
         raise BadOption(f"a {type(layer).__name__} cannot be structured: choose {wanted}")
     new = new.to(weight.device, weight.dtype).train(layer.training)
-    new.set_dense(weight, bias)
+    new.set_dense(weight, bias, steps)
     return new
 
 

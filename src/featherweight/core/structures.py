@@ -42,6 +42,12 @@ class Structure(ABC):
 
     word: ClassVar[str]
     bounds: ClassVar[dict[str, tuple[int, int]]] = {}
+    known: ClassVar[dict[str, type[Structure]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "word" in vars(cls):
+            Structure.known[cls.word] = cls
 
     def __post_init__(self) -> None:
         if not 0 < self.rows * self.columns <= MOST:
@@ -178,8 +184,8 @@ class Circulant(Tied):
         return np.asarray(hashed(self.seed, 0, 0, self.columns) >> np.uint64(63) == 1)
 
     def product(self, x: Tensor, free: Free) -> Tensor:
-        vectors, n = free["vectors"].float(), self.columns
-        turned = torch.where(torch.from_numpy(self.minus).to(x.device), -x, x).float()
+        vectors, n = whole(free["vectors"]), self.columns
+        turned = whole(torch.where(torch.from_numpy(self.minus).to(x.device), -x, x))
         spectrum = torch.fft.rfft(turned).unsqueeze(-2) * torch.fft.rfft(vectors)
         return torch.fft.irfft(spectrum, n=n).flatten(-2)[..., : self.rows].to(x.dtype)
 
@@ -216,6 +222,30 @@ class Hashed(Tied):
         return vectors * self.rows * self.columns
 
 
+def near(structure: Structure, matrix: Tensor, steps: int) -> dict[str, Tensor]:
+    """Free parameters that come near to a matrix: the projection, then steps of L-BFGS on the squared distance.
+
+    A structure whose projection is the nearest needs no steps.
+    """
+    matrix = whole(matrix)
+    free = structure.project(matrix)
+    trained = [v.clone(memory_format=torch.contiguous_format).requires_grad_() for v in free.values()]
+    if steps == 0 or not matrix.any():
+        return free
+    optimizer = torch.optim.LBFGS(trained, max_iter=steps, line_search_fn="strong_wolfe")
+    whole_norm = matrix.square().sum()
+
+    def distance() -> float:
+        optimizer.zero_grad()
+        loss = (structure.matrix(dict(zip(free, trained, strict=True))) - matrix).square().sum() / whole_norm
+        loss.backward()
+        return float(loss.detach())
+
+    with torch.enable_grad():
+        optimizer.step(distance)
+    return {name: value.detach() for name, value in zip(free, trained, strict=True)}
+
+
 # --- hashes and transforms --------------------------------------------------------------------------------------------
 
 
@@ -250,6 +280,11 @@ def places(seed: int, stream: int, count: int, buckets: int) -> tuple[Array, Arr
     return index, minus
 
 
+def whole(x: Tensor) -> Tensor:
+    """Numbers in at least single precision: Fourier transforms have no others."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
 def transform(n: int) -> int:
     """Multiplications of a Fourier transform of n real numbers: n/4 log2 n butterflies of four each, no fewer than n.
 
@@ -258,12 +293,9 @@ def transform(n: int) -> int:
     return max(n, round(n * math.log2(n))) if n > 1 else 1
 
 
-STRUCTURES: dict[str, type[Structure]] = {kind.word: kind for kind in (Circulant, Hashed)}
-
-
 def sound(told: Any) -> bool:
     """Whether this is a word and as many whole numbers, within bounds, as that structure has."""
-    kind = STRUCTURES.get(told[0]) if isinstance(told, tuple) and told and isinstance(told[0], str) else None
+    kind = Structure.known.get(told[0]) if isinstance(told, tuple) and told and isinstance(told[0], str) else None
     if kind is None or len(told) != 1 + len(kind.bounds):
         return False
     pairs = zip(told[1:], kind.bounds.values(), strict=True)
@@ -277,9 +309,9 @@ def made(told: tuple[Any, ...], rows: int, columns: int) -> Structure:
         UnknownName: there is no structure of this name.
         BadOption: its settings are others.
     """
-    if told[0] not in STRUCTURES:
-        raise unknown("structure", str(told[0]), STRUCTURES)
-    kind = STRUCTURES[told[0]]
+    if told[0] not in Structure.known:
+        raise unknown("structure", str(told[0]), Structure.known)
+    kind = Structure.known[told[0]]
     if not sound(tuple(told)):
         wanted = ", ".join(f"{name} {low}..{high}" for name, (low, high) in kind.bounds.items())
         raise BadOption(f"structure {told[1:]}: {kind.word} takes {wanted or 'nothing'}")

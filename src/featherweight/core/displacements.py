@@ -1,0 +1,141 @@
+"""Matrices of low displacement rank: what is left of them after a shift or a scaling of rows and columns is thin.
+
+A matrix is cut into squares, of the smaller of its two sizes; each is made from two sets of vectors, `left` (g) and
+`right` (h), of which there are `rank`. Parts of squares that stand out of the matrix are left away.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from featherweight.core.structures import Free, Structure, transform, whole
+from featherweight.errors import BadOption
+
+SMALLEST = 1e-2  # a factor of no less, beside a zero: from two zeros no gradient leads away
+
+
+@dataclass(frozen=True)
+class Displaced(Structure):
+    """Squares A of which `displace(A) = sum_k g_k h_k^T`, k up to `rank`."""
+
+    rank: int
+
+    bounds: ClassVar[dict[str, tuple[int, int]]] = {"rank": (1, 1 << 14)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank > self.n:
+            raise BadOption(f"displacement rank {self.rank} of squares of {self.n}: must be from 1 to {self.n}")
+
+    @property
+    def n(self) -> int:
+        """The size of the squares."""
+        return min(self.rows, self.columns)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """How many squares stand below and beside one another."""
+        return -(-self.rows // self.n), -(-self.columns // self.n)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        shape = (math.prod(self.grid), self.rank, self.n)
+        return {"left": shape, "right": shape}
+
+    def start(self, std: float) -> dict[str, Tensor]:
+        free = {name: torch.randn(shape) for name, shape in self.shapes().items()}
+        scale = math.sqrt(std / float(self.matrix(free).std(correction=0)))
+        return {name: value * scale for name, value in free.items()}
+
+    def project(self, matrix: Tensor) -> dict[str, Tensor]:
+        """Singular vectors of each square's displacement: exact where the rank is enough, else a start.
+
+        The displacement is nearest (Eckart and Young), the matrix itself need not be.
+        """
+        u, s, vh = torch.linalg.svd(self.displace(self.squares(matrix.double())), full_matrices=False)
+        u, s, vh = u[..., : self.rank], s[..., : self.rank, None], vh[..., : self.rank, :]
+        root = s.clamp(min=SMALLEST).sqrt()
+        return {"left": (u.mT * root).to(matrix.dtype), "right": (vh * s / root).to(matrix.dtype)}
+
+    def squares(self, matrix: Tensor) -> Tensor:
+        """The squares of a matrix, (number, n, n), zeros where they stand out."""
+        (down, beside), n = self.grid, self.n
+        padded = F.pad(matrix, (0, beside * n - self.columns, 0, down * n - self.rows))
+        return padded.view(down, n, beside, n).transpose(1, 2).reshape(-1, n, n)
+
+    def joined(self, squares: Tensor) -> Tensor:
+        """The matrix of squares."""
+        (down, beside), n = self.grid, self.n
+        matrix = squares.view(down, beside, n, n).transpose(1, 2).reshape(down * n, beside * n)
+        return matrix[: self.rows, : self.columns]
+
+    def some_rows(self, free: Free, index: Tensor) -> Tensor:
+        return F.embedding(index, self.matrix(free))
+
+    @abstractmethod
+    def displace(self, squares: Tensor) -> Tensor:
+        """The displacements of squares, (..., n, n)."""
+
+
+@final
+@dataclass(frozen=True)
+class ToeplitzLike(Displaced):
+    """`Z_1 A - A Z_-1 = G H^T`, so that `A = 1/2 sum_k Z_1(g_k) Z_-1(J h_k)`, run by Fourier transforms.
+
+    Sindhwani et al., NIPS 2015. `Z_f` shifts down, what falls out at the end comes in at the top times f;
+    `Z_f(v)` has the columns `Z_f^j v`; J turns a vector round. Rank 1 has the circulants and skew-circulants, rank 2
+    the Toeplitz matrices and their inverses, rank n every matrix.
+    """
+
+    word = "toeplitz"
+
+    def displace(self, squares: Tensor) -> Tensor:
+        return down(squares, 1) - left(squares, -1)
+
+    def matrix(self, free: Free) -> Tensor:
+        eye = torch.eye(self.columns, dtype=free["left"].dtype, device=free["left"].device)
+        return self.product(eye, free).T
+
+    def product(self, x: Tensor, free: Free) -> Tensor:
+        (below, beside), n = self.grid, self.n
+        eta = root_powers(n, whole(x))
+        g, h = (whole(free[name]).view(below, beside, self.rank, n) for name in ("left", "right"))
+        g, h = torch.fft.rfft(g), torch.fft.fft(eta * h.flip(-1))
+        pieces = F.pad(whole(x), (0, beside * n - self.columns)).unflatten(-1, (beside, n))
+        turned = torch.fft.fft(eta * pieces)[..., None, :, None, :]  # (..., 1, beside, 1, n)
+        inner = (eta.conj() * torch.fft.ifft(turned * h)).real  # Z_-1(J h) x, (..., below, beside, rank, n)
+        summed = (torch.fft.rfft(inner) * g).sum((-3, -2))
+        return 0.5 * torch.fft.irfft(summed, n=n).flatten(-2)[..., : self.rows].to(x.dtype)
+
+    def making(self) -> int:
+        return self.macs(self.columns)
+
+    def macs(self, vectors: int) -> int:
+        (below, beside), n = self.grid, self.n
+        squares = below * beside
+        each = 3 * transform(n) + 8 * n  # of a square and rank: one complex transform back, one real, two products
+        once = squares * self.rank * (3 * transform(n) + 4 * n)  # those of the free parameters
+        a_vector = beside * (2 * transform(n) + 2 * n) + squares * self.rank * each + below * transform(n)
+        return vectors * a_vector + once
+
+
+def root_powers(n: int, like: Tensor) -> Tensor:
+    """`exp(i pi k / n)` for k below n: multiplied by these, a shift that turns signs is one that does not."""
+    angles = torch.arange(n, dtype=like.dtype, device=like.device) * (math.pi / n)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def down(squares: Tensor, f: int) -> Tensor:
+    """`Z_f A`: rows one further down."""
+    return torch.cat([f * squares[..., -1:, :], squares[..., :-1, :]], -2)
+
+
+def left(squares: Tensor, f: int) -> Tensor:
+    """`A Z_f`: columns one further left."""
+    return torch.cat([squares[..., 1:], f * squares[..., :1]], -1)
