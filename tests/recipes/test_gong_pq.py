@@ -108,3 +108,20 @@ def test_constant_weights_and_weights_of_zeros():
         gong_pq(model, small_task())
     assert model[1].weight.unique().tolist() == [0.5]
     assert ledger.skipped["3"] == "all its weights are zero"
+
+
+def test_places_of_a_kernel_can_share_codewords():
+    """As many pieces more for each codebook: 32 outputs cannot pay for 16 words, 32 * 9 rows can."""
+    model = nn.Sequential(nn.Conv2d(8, 32, 3))
+    before = model[0].weight.detach().clone()
+    gong_pq(model, small_task((8, 8, 8)), pieces="channels")
+    codes = codes_of(bake(model)[0])
+    assert codes.rule.codebooks.shape == (2, 16, 4)
+    for m in range(2):
+        for place in range(9):
+            piece = before[:, 4 * m : 4 * m + 4, place // 3, place % 3]
+            nearest = torch.cdist(piece, codes.rule.codebooks[m]).argmin(1)
+            assert torch.equal(codes.symbols.view(32, 9, 2)[:, place, m].long(), nearest)
+    packed = pack_tensor(model[0].weight, codes, coder="sparse_index")
+    assert torch.equal(unpack_tensor(packed), model[0].weight)
+    assert len(packed) <= 32 * 9 * 2 // 2 + 4 * 128 + 32

@@ -1,7 +1,8 @@
 """Sub-vectors of a weight that share few codewords: k-means of many blocks at once, and the form that holds them.
 
-A weight with `out` outputs is a matrix (out, columns); its columns are cut into m blocks of d, and the `out` pieces of
-a block become k codewords (Jegou, Douze and Schmid, "Product quantization for nearest neighbor search", TPAMI 2011).
+A weight is a matrix (rows, columns); its columns are cut into m blocks of d, and the pieces of all rows in a block
+become k codewords (Jegou, Douze and Schmid, "Product quantization for nearest neighbor search", TPAMI 2011). Rows are
+outputs; or, with the axis of the input channels as columns, outputs and places of the kernel, which then share words.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ CHUNK = 2**24
 
 @final
 class Codewords(Form):
-    """`weight = Product(codebooks)` of an index (out, m); the free parameters are the codebooks (m, k, d)."""
+    """`weight = Product(codebooks, axis)` of an index (rows, m); the free parameters are the codebooks (m, k, d)."""
 
     stores = "free"
-    settings = ("shape",)
+    settings = ("shape", "axis")
     index: Tensor
 
-    def __init__(self, codebooks: Tensor, index: Tensor, shape: tuple[int, ...]) -> None:
+    def __init__(self, codebooks: Tensor, index: Tensor, shape: tuple[int, ...], axis: int | None = None) -> None:
         super().__init__()
-        self.shape = list(shape)
+        self.shape, self.axis = list(shape), axis
         self.register_buffer("index", index)
         self._start = codebooks.detach().clone()
 
@@ -39,16 +40,17 @@ class Codewords(Form):
 
     def unsound(self) -> str:
         sizes = isinstance(self.shape, list) and all(isinstance(n, int) and 0 < n < 1 << 31 for n in self.shape)
+        sizes = sizes and (self.axis is None or self.axis in range(len(self.shape)))
         whole = self._buffers.keys() == {"index"} and not self.index.is_floating_point() and not self.index.is_complex()
         return "" if sizes and whole else "without a shape and integers as its index"
 
     def forward(self, *free: Tensor, keep: Tensor | None = None) -> Tensor:
         (codebooks,) = free
-        return Product(codebooks).decode(self.index, tuple(self.shape))
+        return Product(codebooks, self.axis).decode(self.index, tuple(self.shape))
 
     def codes(self, *free: Tensor, keep: Tensor | None = None) -> Codes | None:
         (codebooks,) = free
-        return Codes(self.index.detach().cpu(), Product(codebooks.detach().cpu()), tuple(self.shape))
+        return Codes(self.index.detach().cpu(), Product(codebooks.detach().cpu(), self.axis), tuple(self.shape))
 
 
 def divided(columns: int, dim: int) -> int:
@@ -60,31 +62,44 @@ def divided(columns: int, dim: int) -> int:
     return next(d for d in range(min(dim, columns), 0, -1) if columns % d == 0)
 
 
+def columns_axis(site: Site) -> int | None:
+    """The axis of a convolution's input channels, if its kernel has several places; None for all other layers."""
+    return 1 if isinstance(site.module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and prod(site.weight.shape[2:]) > 1 else None
+
+
+def matrix_of(weight: Tensor, axis: int | None) -> Tensor:
+    """A weight as (rows, columns): the columns are that axis, or all but the first.
+
+    >>> matrix_of(torch.arange(8).view(1, 2, 2, 2), 1).tolist()
+    [[0, 4], [1, 5], [2, 6], [3, 7]]
+    """
+    return weight.flatten(1) if axis is None else weight.movedim(axis, -1).flatten(0, -2)
+
+
 def blocks(matrix: Tensor, dim: int) -> Tensor:
-    """The pieces (m, out, d) of a matrix (out, columns) in blocks of d columns, and of its masks alike."""
+    """The pieces (m, rows, d) of a matrix (rows, columns) in blocks of d columns."""
     return matrix.view(len(matrix), -1, dim).transpose(0, 1)
 
 
-def affordable(site: Site, words: int, share: float, stages: int = 1) -> int:
+def affordable(site: Site, rows: int, words: int, share: float, stages: int = 1) -> int:
     """How many codewords, at most, cost no more than a share of the layer's float weights; 0 and a remark if not two.
 
-    The codebooks hold `stages * k * columns` numbers, the weight `out * columns`: only the outputs count.
+    The codebooks hold `stages * k * columns` numbers, the weight `rows * columns`: only the rows count.
     """
-    out = len(site.weight)
-    count = min(words, int(share * out / stages + 1e-9))
+    count = min(words, int(share * rows / stages + 1e-9))
     if count >= 2:
         return count
-    least = 2 * stages / out
+    least = 2 * stages / rows
     skip(site.path, f"codebooks of two words would cost {least:.0%} of its weights, over codebook_share={share:g}")
     return 0
 
 
-def hold(model: nn.Module, site: Site, codebooks: Tensor, index: Tensor, kept: Tensor) -> None:
+def hold(model: nn.Module, site: Site, codebooks: Tensor, index: Tensor, kept: Tensor, axis: int | None = None) -> None:
     """Puts codewords on a layer; where `kept` (of the weight's shape) is False its zeros stay zeros, by a mask."""
     if not bool(kept.all()):
         site.set_mask(model, kept)
         note(f"{site.path}: it has zeros, which stay: the file holds values, not codewords")
-    form = Codewords(codebooks.to(site.weight), index, tuple(site.weight.shape))
+    form = Codewords(codebooks.to(site.weight), index, tuple(site.weight.shape), axis)
     attach(site.module, form, at=site.name, root=model)
 
 
@@ -154,8 +169,3 @@ def means(x: Tensor, index: Tensor, books: Tensor, counts: Tensor) -> Tensor:
 def chosen(codebooks: Tensor, index: Tensor) -> Tensor:
     """The pieces (m, n, d) that codebooks (m, k, d) and an index (n, m) stand for."""
     return codebooks.gather(1, index.long().T[..., None].expand(-1, -1, codebooks.shape[-1]))
-
-
-def columns_of(weight: Tensor) -> int:
-    """How many columns a weight has as a matrix of its first dimension."""
-    return prod(weight.shape[1:])

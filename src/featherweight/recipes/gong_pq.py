@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
 
 from featherweight.allowed import Bits, Count, Share
@@ -10,7 +12,7 @@ from featherweight.core.ledger import note, skip
 from featherweight.core.site import Site, sites
 from featherweight.core.surgery import WhereWeighted
 from featherweight.core.task import Task
-from featherweight.core.vectors import affordable, blocks, cluster_vectors, columns_of, divided, hold, told
+from featherweight.core.vectors import affordable, blocks, cluster_vectors, columns_axis, divided, hold, matrix_of, told
 from featherweight.errors import CompressionError
 from featherweight.share import narrow
 
@@ -28,6 +30,7 @@ def gong_pq(
     index_bits: Bits = 4,
     dim: Count = 4,
     codebook_share: Share = 0.125,
+    pieces: Literal["rows", "channels"] = "rows",
     iterations: Count = 50,
     where: WhereWeighted = None,
 ) -> nn.Module:
@@ -36,7 +39,7 @@ def gong_pq(
     Yunchao Gong, Liu Liu, Ming Yang, Lubomir Bourdev, "Compressing Deep Convolutional Networks using Vector
     Quantization", 2014, arXiv:1412.6115, section 3.3.1: `W = [W_1, ..., W_s]`, and for each block `min sum_z sum_j
     |w_z - c_j|^2` by k-means; a layer of m rows costs `m s log2 k` bits, and `32 k n` for its codebooks. The columns of
-    a convolution are its inputs times its kernel.
+    a convolution are its inputs times its kernel; or its inputs alone, and all places of the kernel share codewords.
 
     Departs from the paper: the paper's k = 256 pays only for rows in their thousands (at 4096 rows the codebooks are
     half of the file), so here k is 16 and falls until the codebooks cost no more than `codebook_share` of the float
@@ -48,6 +51,8 @@ def gong_pq(
         index_bits: bits of a piece's index, so that a block has at most `2 ** index_bits` codewords.
         dim: at most so many weights in a piece.
         codebook_share: what the codebooks of a layer may cost, as a share of its float weights.
+        pieces: of a convolution: "rows" cuts all that an output reads, "channels" its input channels, with codewords
+            for all places of the kernel (many more pieces for each codebook).
         iterations: of k-means, at most.
         where: which layers; all linear and convolution layers when left out.
 
@@ -56,7 +61,11 @@ def gong_pq(
         CompressionError: no layer can afford two codewords.
     """
     found = sites(model, where)
-    done = [quantize_rows(model, site, 2**index_bits, dim, codebook_share, iterations) for site in found.values()]
+    axes = {path: columns_axis(site) if pieces == "channels" else None for path, site in found.items()}
+    done = [
+        quantize_pieces(model, site, 2**index_bits, dim, codebook_share, iterations, axes[path])
+        for path, site in found.items()
+    ]
     if not any(done):
         raise CompressionError(
             f"no chosen layer has rows enough for two codewords at codebook_share={codebook_share:g}: pass a larger one"
@@ -64,19 +73,21 @@ def gong_pq(
     return model
 
 
-def quantize_rows(model: nn.Module, site: Site, words: int, dim: int, share: float, iterations: int) -> bool:
+def quantize_pieces(
+    model: nn.Module, site: Site, words: int, dim: int, share: float, iterations: int, axis: int | None = None
+) -> bool:
     """Product quantization of one layer; False, and a remark, if it is left alone."""
     weight = site.weight
     kept = weight != 0
     if not kept.any():
         skip(site.path, "all its weights are zero")
         return False
-    if not (words := affordable(site, words, share)):
+    matrix = matrix_of(weight, axis)
+    if not (words := affordable(site, len(matrix), words, share)):
         return False
-    dim = divided(columns_of(weight), dim)
-    points, counts = blocks(weight.flatten(1), dim), blocks(kept.flatten(1), dim)
-    codebooks, index = cluster_vectors(points, words, counts, iterations)
-    hold(model, site, codebooks, narrow(index), kept)
+    dim = divided(matrix.shape[1], dim)
+    codebooks, index = cluster_vectors(blocks(matrix, dim), words, blocks(matrix_of(kept, axis), dim), iterations)
+    hold(model, site, codebooks, narrow(index), kept, axis)
     error = float((site.weight - weight).norm() / weight.norm())
     note(f"{site.path}: {told(site, codebooks)}, off by {error:.1%}")
     return True
