@@ -93,7 +93,10 @@ class Product:
         if self.axis is None:
             return matrix.reshape(shape)
         others = shape[: self.axis] + shape[self.axis + 1 :]
-        return matrix.reshape(*others, shape[self.axis]).movedim(-1, self.axis).contiguous()
+        placed = matrix.reshape(*others, shape[self.axis]).movedim(-1, self.axis)
+        return placed.reshape(-1).view(
+            shape
+        )  # kernels choose by strides, which `contiguous` leaves where a size is one
 
 
 Rule = Affine | Table | Product
