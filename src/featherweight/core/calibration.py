@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from copy import deepcopy
 from itertools import islice
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from featherweight.core.forms import Form
+from featherweight.core.forms import Form, attach
 from featherweight.core.grids import ActivationGrid, Place, Seen
 from featherweight.core.ledger import note
 from featherweight.core.progress import track
@@ -44,6 +45,19 @@ def calibrate(model: nn.Module, task: Task, count: int) -> None:
     if not stats.batches:
         raise BadData("the calibration data are empty: at least one batch is needed")
     _compare(stats, task)
+
+
+def observed(model: nn.Module, task: Task, spots: Iterable[tuple[str, str]], count: int) -> dict[tuple[str, str], Seen]:
+    """What passes at (module path, "input" or "output") in at most `count` calibration batches; the model stays.
+
+    Raises:
+        BadData: there are no batches, they hold NaN or infinite values, or the model does not run on them.
+    """
+    watched, seen = deepcopy(model), {spot: Seen() for spot in spots}
+    for (path, at), watcher in seen.items():
+        attach(watched.get_submodule(path), watcher, at)
+    calibrate(watched, task, count)
+    return seen
 
 
 class _Stats:
