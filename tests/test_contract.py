@@ -230,6 +230,7 @@ REFUSALS = {
     ("fitnets", "recurrent"): "pass a deeper network",
     ("fitnets", "regression"): "need the scores of at least two classes",
     ("gong_pq", "recurrent"): "pass a larger one",
+    ("soulie_onthefly", "recurrent"): "pass a larger one",
     ("qcnn", "recurrent"): "pass more codebook_share",
     ("gsl", "dictionary"): "choose a method that counts weights",
     ("gsl", "recurrent"): "choose a method that counts weights",
