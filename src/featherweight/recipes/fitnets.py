@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
-from torch import Tensor, nn
+from torch import nn
 
 from featherweight.allowed import Amount, Positive
 from featherweight.catalogue import recipe
+from featherweight.core.features import features, middle
 from featherweight.core.fit import Optimizers
 from featherweight.core.ledger import note
 from featherweight.core.surgery import Layer
-from featherweight.core.task import Batch, Task, device_of, eval_mode, first, run, to_device
+from featherweight.core.task import Batch, Task, device_of, eval_mode, first, to_device
 from featherweight.distill import below, distill, tapped, teacher_of
-from featherweight.errors import BadOption, unknown
+from featherweight.errors import unknown
 from featherweight.ingredients.match.hint import Hint
 from featherweight.ingredients.match.softened import softened
 
@@ -109,49 +110,14 @@ def choose(
     for path, shapes, whose in ((guided, ours, "student"), (hint, theirs, "teacher")):
         if path is not None and path not in shapes:
             raise unknown(f"layer of the {whose}", path, shapes)
-    hint = hint or _middle(theirs, "teacher")
+    hint = hint or middle(theirs, "teacher")
     wanted = theirs[hint]
     fitting = {p: s for p, s in ours.items() if len(s) == len(wanted) and _size(s) == _size(wanted)}
     if guided is None:
-        guided = hint if hint in fitting else _middle(fitting or ours, "student", list(ours))
+        guided = hint if hint in fitting else middle(fitting or ours, "student", list(ours))
     return guided, hint
-
-
-def _middle(shapes: dict[str, Any], whose: str, order: list[str] | None = None) -> str:
-    """Of the given layers, the one nearest the middle of the order in which all are called."""
-    if not shapes:
-        raise BadOption(f"the {whose} has no layer between input and output to take: pass a deeper network")
-    order = order or list(shapes)
-    return min(shapes, key=lambda path: abs(order.index(path) - (len(order) - 1) / 2))
 
 
 def _size(shape: tuple[int, ...]) -> tuple[int, ...]:
     """What the regressor cannot change: the sides of a map, the number of tokens."""
     return shape[2:] if len(shape) == 4 else shape[1:-1]
-
-
-def features(model: nn.Module, task: Task, batch: Batch) -> dict[str, tuple[int, ...]]:
-    """Shape of the output of every layer, in the order in which they end; of maps alone if there are any.
-
-    The layer that puts out what the network puts out is not among them.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    outputs: dict[str, Tensor] = {}
-
-    def tap(path: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point() and output.dim() > 1:
-                shapes[path], outputs[path] = (*output.shape,), output
-
-        return hook
-
-    handles = [m.register_forward_hook(tap(path)) for path, m in model.named_modules() if path]
-    try:
-        with eval_mode(model):
-            whole, _ = run(model, task, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    inner = {path: shape for path, shape in shapes.items() if outputs[path] is not whole}
-    maps = [path for path, shape in inner.items() if len(shape) == 4 and max(shape[2:]) > 1]
-    return {path: inner[path] for path in maps or inner}

@@ -34,7 +34,7 @@ def softened(
     >>> softened(a, b, None, 0.0).abs() < 1e-6
     tensor(True)
     """
-    ours, theirs = class_scores(student[""]), class_scores(teacher[""])
+    ours, theirs = class_scores(student[""]), class_scores(teacher[""]).detach()
     if ours.shape != theirs.shape:
         raise BadOption(
             f"the student's outputs {tuple(student[''].shape)} do not fit the teacher's {tuple(teacher[''].shape)}: "

@@ -1,0 +1,1 @@
+"""Slot `average`: the weights of several teachers, `count -> (count,)`, asked for at every step."""
