@@ -108,7 +108,7 @@ class BitLinear(nn.Module):
 
     def _packed(self, x: Tensor) -> Any:
         words = np.empty((len(x), self.levels.bits, self.lanes.shape[2]), dtype=np.uint64)
-        work = partial(bit_kernels.pack_rows, x.numpy(), _quantizer(self.levels), words)
+        work = partial(bit_kernels.pack_rows, x.numpy(), quantizer(self.levels), words)
         divided(work, len(x), x.numel() * self.levels.bits / PACKED)
         return words
 
@@ -179,7 +179,7 @@ class BitConv2d(nn.Module):
         shape = (n, self.groups, self.levels.bits, deep, height + top + bottom, width + left + right)
         words = np.zeros(shape, dtype=np.uint64)
         grouped = x.view(n, self.groups, channels, height, width).numpy()
-        work = partial(bit_kernels.pack_images, grouped, _quantizer(self.levels), words, (top, left))
+        work = partial(bit_kernels.pack_images, grouped, quantizer(self.levels), words, (top, left))
         divided(work, n * self.groups * deep, x.numel() * self.levels.bits / PACKED)
         return words.reshape(*shape[:4], -1)
 
@@ -319,7 +319,8 @@ def _base(xor: bool, totals: Tensor, inside: Tensor, channels: int, z_weight: Te
     return (values * z_input * z_weight[:, None] - 2 * z_input * counted).int().contiguous()
 
 
-def _quantizer(levels: Levels) -> Quantizer:
+def quantizer(levels: Levels) -> Quantizer:
+    """As the kernels read it."""
     numbers = (np.float32(v) for v in (levels.inverse, levels.zero, levels.low, levels.high))
     return Quantizer(levels.sign, *numbers)
 
