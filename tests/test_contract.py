@@ -224,6 +224,7 @@ BEYOND = {"regression": _regression, "segmentation": _segmentation, "dictionary"
 REFUSALS = {
     **{("albert_embedding", kind): "choose another method" for kind in BEYOND},
     ("xnor_net", "recurrent"): "pass keep_first_last=False",
+    ("pact", "recurrent"): "pass keep_first_last=False",
     ("bwn", "recurrent"): "pass keep_first_last=False",
     ("dorefa", "recurrent"): "pass keep_first_last=False",
     ("equalize", "recurrent"): "leave equalize out",
