@@ -81,6 +81,7 @@ class FixedGrid(Form):
     settings = ("low", "high", "axis", "block")
     scale: Tensor
     zero_point: Tensor
+    stochastic = False  # a method may round at random, right on average, while it trains; no file knows of it
 
     def __init__(
         self,
@@ -119,7 +120,9 @@ class FixedGrid(Form):
         """The integers, as float64, of the weight's shape; half-way the even one."""
         rule, shape = self.rule, tuple(weight.shape)
         step, zero = rule.spread(self.scale.double(), shape), rule.spread(self.zero_point.double(), shape)
-        return (weight.detach().double() / step + zero).round().clamp(self.low, self.high)
+        place = weight.detach().double() / step + zero
+        whole = (place + torch.rand_like(place)).floor() if self.stochastic and self.training else place.round()
+        return whole.clamp(self.low, self.high)
 
     def forward(self, *free: Tensor, keep: Tensor | None = None) -> Tensor:
         (weight,) = free
