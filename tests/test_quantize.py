@@ -253,3 +253,17 @@ def test_norms_fold_into_the_grids_that_were_trained() -> None:
     assert torch.equal(found.symbols.abs(), held.symbols.abs())
     with torch.no_grad():
         torch.testing.assert_close(folded(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_are_those_of_the_network_on_its_grids() -> None:
+    """A weight that oscillates between two levels would leave an average of both behind (Nagel et al., 2022)."""
+    torch.manual_seed(0)
+    model, task = (
+        nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4)),
+        small_task(),
+    )
+    quantize(model, task, weight_bits=2, epochs=1, lr=1e-2)
+    batches = list(task.calibrating())
+    with torch.no_grad():
+        means = torch.stack([model[0](x).mean((0, 2, 3)) for x, _ in batches]).mean(0)
+    torch.testing.assert_close(model[1].running_mean, means)

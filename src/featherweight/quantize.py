@@ -17,6 +17,7 @@ from featherweight.core.fold import fold_batchnorm
 from featherweight.core.forms import Affine, Form, activation_form, attach, codes_of, has_forms
 from featherweight.core.grids import ActivationGrid, Place, Seen
 from featherweight.core.ledger import note, skip
+from featherweight.core.norms import settle_norms
 from featherweight.core.site import PerLayer, Site, per_layer
 from featherweight.core.surgery import WhereLinearOrConv2d
 from featherweight.core.task import Task
@@ -64,7 +65,8 @@ def quantize(
     The grids stay on the model as forms: a later method trains through them, the file and the ONNX export read the
     integers from them. Weights that an earlier method left on an integer grid of no more bits keep it, unless they are
     trained here. What is trained gets its activation ranges from the network as it was, to which the training leads
-    back; what is not trained gets them from the network whose weights are on their grids.
+    back; what is not trained gets them from the network whose weights are on their grids. After the training the
+    running statistics of batch norms are taken anew.
 
     Args:
         weights: an ingredient `(site, bits) -> Form`, or None to leave weights alone.
@@ -119,6 +121,7 @@ def quantize(
     if epochs:
         label = "train on the grids"
         task.fit(model, task, epochs=epochs, lr=lr, optimizer=optimizer, step=step, label=label)
+        settle_norms(model, task)  # weights that oscillate between two levels leave the statistics of neither
     return fold_batchnorm(model, task.inputs()) if fold else model
 
 
