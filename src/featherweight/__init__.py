@@ -16,7 +16,7 @@ from featherweight.errors import FeatherweightError
 if TYPE_CHECKING:
     from featherweight import export, report, runtime, zoo
     from featherweight.catalogue import Entry
-    from featherweight.coding import inspect, load, save, unpack
+    from featherweight.coding import codec, inspect, load, save, unpack
     from featherweight.core.examine import examine
     from featherweight.core.fit import fit
     from featherweight.core.task import Metric, Task, accuracy, evaluate
@@ -42,6 +42,7 @@ _WHERE = {
     "measure": "figures",
     "sensitivity": "prune",
     "save": "coding",
+    "codec": "coding",
     "load": "coding",
     "inspect": "coding",
     "unpack": "coding",
@@ -60,6 +61,7 @@ __all__ = [
     "Wired",
     "accelerate",
     "accuracy",
+    "codec",
     "compress",
     "evaluate",
     "examine",

@@ -23,6 +23,7 @@ ROOMS = (
     "featherweight.ingredients",
     "featherweight.recipes",
     "featherweight.coding.coders",
+    "featherweight.coding.codecs",
     "featherweight.runtime.executors",
 )
 VERBS = ("prune", "quantize", "factorize", "share", "distill", "rewrite")
@@ -304,6 +305,8 @@ def entry(name: str, kind: str | None = None) -> Entry:
         raise UnknownName(f"{name} is a part, no {kind}: pass it as an option ({part.slot}={name!r}) to {takers}")
     if kind == "method" and name in entries("executor"):
         raise UnknownName(f"{name} is an executor, no method: compress first, then accelerate the result")
+    if kind == "method" and name in entries("codec"):
+        raise UnknownName(f"{name} is a codec for tensors in transit, no method: use featherweight.codec({name!r})")
     raise unknown(kind or "method", name, [*known, *by_alias])
 
 

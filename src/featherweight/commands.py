@@ -276,6 +276,11 @@ def show_method(row: dict[str, Any]) -> None:
         takers = ", ".join(catalogue.takers_of(row["slot"]))
         console.print(f"pass it as an option, {row['slot']}={row['id']}, to {takers}", highlight=False)
         return
+    if row["kind"] == "codec":
+        console.print(
+            f"it packs tensors in transit: featherweight.codec({row['id']!r}).encode(tensor)", highlight=False
+        )
+        return
     if row["aliases"]:
         console.print(f"aliases: {', '.join(row['aliases'])}")
     table = Table()

@@ -2,10 +2,14 @@
 
 from featherweight.coding.container import SaveReport, inspect, load, save, unpack, unpack_codes
 from featherweight.coding.packing import pack_tensor
+from featherweight.coding.transit import Codec, Packed, codec
 from featherweight.coding.unpacking import unpack_tensor
 
 __all__ = [
+    "Codec",
+    "Packed",
     "SaveReport",
+    "codec",
     "inspect",
     "load",
     "pack_tensor",

@@ -1,0 +1,1 @@
+"""Codecs: how tensors are packed while they travel."""
