@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Set
 
 import torch
 from torch import Tensor, nn
@@ -20,3 +21,13 @@ def predicted(model: nn.Module, task: Task, batch: Batch) -> Tensor:
     """What the network says of a batch in its present mode, as constants."""
     with torch.no_grad():
         return prediction(run(model, task, batch)[0])
+
+
+def branch(model: nn.Module, shared: Set[int]) -> nn.Module:
+    """A copy with new weights; modules all of whose parameters, by id, are shared are the model's own."""
+    twin = fresh(model)
+    for path, module in model.named_modules():
+        params = [id(p) for p in module.parameters()]
+        if path and params and all(p in shared for p in params):
+            twin.set_submodule(path, module)
+    return twin
