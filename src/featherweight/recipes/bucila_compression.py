@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, final
 
@@ -75,7 +75,7 @@ def bucila_compression(
         BadData: the network has more than one input, or none of real numbers.
     """
     teacher = teacher_of(model, task)
-    x, size, key = gathered(task)
+    x, size, key = gathered(task, task.train or ())
     made = [munge(x, swap, locality) for _ in range(copies)]
     note(f"{copies * len(x):,} inputs made from {len(x):,}, labelled by {len(members_of(teacher))} network(s)")
     data = Shuffled(torch.cat([x, *made] if real else made), size, key)
@@ -85,14 +85,14 @@ def bucila_compression(
     return learn(model, replace(task, train=data), terms, labels=0, epochs=epochs, lr=lr, optimizer=optimizer)
 
 
-def gathered(task: Task) -> tuple[Tensor, int, str | None]:
-    """All training inputs, the size of a batch, and the name of the input if the network is called by names.
+def gathered(task: Task, batches: Iterable[Batch]) -> tuple[Tensor, int, str | None]:
+    """All inputs, the size of a batch, and the name of the input if the network is called by names.
 
     Raises:
         BadData: there is not exactly one input of real numbers.
     """
     parts, name = [], None
-    for batch in task.train or ():
+    for batch in batches:
         args, kwargs, _ = task.split(batch)
         given: list[tuple[str | None, Any]] = [*((None, a) for a in args), *kwargs.items()]
         if len(given) != 1 or not isinstance(given[0][1], Tensor) or not given[0][1].is_floating_point():
@@ -100,7 +100,7 @@ def gathered(task: Task) -> tuple[Tensor, int, str | None]:
         name = given[0][0]
         parts.append(given[0][1])
     if not parts:
-        raise BadData("the training data are empty: at least one batch is needed")
+        raise BadData("the data are empty: at least one batch is needed")
     return torch.cat(parts), max(map(len, parts)), name
 
 
