@@ -90,10 +90,12 @@ def apprentice(
     def teaching(student: nn.Module, batch: Batch, progress: float) -> dict[str, Tensor]:
         return {"teacher": loss_of(task, *run(teacher, task, batch))}
 
-    def both(model: nn.Module, inner: Task, *, epochs: float, **options: Any) -> nn.Module:
+    given = task
+
+    def both(model: nn.Module, task: Task, *, epochs: float, **options: Any) -> nn.Module:
         options |= {"step": step, "label": "apprentice"}
         options |= {"also": [(list(teacher.parameters()), teaching)]} if scheme == "A" else {}
-        return task.fit(model, task, epochs=epochs, **options)
+        return given.fit(model, given, epochs=epochs, **options)
 
     return quantize(
         model,

@@ -108,7 +108,8 @@ def knowledge_projection(
     teacher = teacher_of(model, task)
     batch = first(task.calibrating(), "training")
     alive = {pair: copy.deepcopy(model.state_dict()) for pair in candidates(model, teacher, task, batch, layers)}
-    start, rounds, options = copy.deepcopy(model.state_dict()), [], {"lr": lr, "optimizer": optimizer}
+    start, rounds = copy.deepcopy(model.state_dict()), []
+    options: dict[str, Any] = {"lr": lr, "optimizer": optimizer}
     matches = {pair: projection(model, teacher, task, batch, pair, direction, gated) for pair in alive}
     while len(alive) > 1:
         losses = {}
