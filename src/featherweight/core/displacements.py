@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, final
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from featherweight.core.structures import Free, Structure, transform, whole
+from featherweight.core.structures import Array, Free, Structure, transform, whole
 from featherweight.errors import BadOption
 
 SMALLEST = 1e-2  # a factor of no less, beside a zero: from two zeros no gradient leads away
@@ -125,6 +127,168 @@ class ToeplitzLike(Displaced):
         return vectors * a_vector + once
 
 
+# --- other operators, of which the matrix is made whole ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MadeWhole(Displaced):
+    """Squares that are made from their displacements, and then multiplied with like any matrix."""
+
+    def matrix(self, free: Free) -> Tensor:
+        g, h = whole(free["left"]), whole(free["right"])
+        return self.joined(self.solve(g.mT @ h)).to(free["left"].dtype)
+
+    def product(self, x: Tensor, free: Free) -> Tensor:
+        return F.linear(x, self.matrix(free))
+
+    def making(self) -> int:
+        return math.prod(self.grid) * (self.rank * self.n**2 + self.solving())
+
+    def macs(self, vectors: int) -> int:
+        return vectors * self.rows * self.columns + self.making()
+
+    @abstractmethod
+    def solve(self, displaced: Tensor) -> Tensor:
+        """The squares that have these displacements, (..., n, n)."""
+
+    @abstractmethod
+    def solving(self) -> int:
+        """Multiplications that `solve` takes for a square."""
+
+
+@dataclass(frozen=True)
+class Shifted(MadeWhole):
+    """`A - Z_1 A B = G H^T` with B a shift that turns signs: two Fourier transforms take it apart."""
+
+    way: ClassVar[int]  # which way B moves columns: 1 right, -1 left
+
+    def displace(self, squares: Tensor) -> Tensor:
+        moved = left(squares, -1) if self.way < 0 else right(squares, -1)
+        return squares - down(moved, 1)
+
+    def solve(self, displaced: Tensor) -> Tensor:
+        n = self.n
+        eta = root_powers(n, displaced)
+        values = root_powers(n, displaced).square()  # n-th roots of 1: what Z_1 multiplies transforms by, conjugated
+        shift = values.conj() if self.way > 0 else values
+        turn = torch.polar(torch.ones_like(eta.real[:1]), eta.real.new_tensor([self.way * math.pi / n]))
+        kernel = 1 - torch.outer(values.conj(), turn * shift)
+        return (eta.conj() * torch.fft.ifft2(torch.fft.fft2(eta * displaced) / kernel)).real
+
+    def solving(self) -> int:
+        return 8 * self.n * transform(self.n) + 8 * self.n**2
+
+
+@final
+@dataclass(frozen=True)
+class SteinToeplitz(Shifted):
+    """`A - Z_1 A Z_-1^T = G H^T`: Toeplitz matrices have rank 2."""
+
+    word = "stein_toeplitz"
+    way = 1
+
+
+@final
+@dataclass(frozen=True)
+class SteinHankel(Shifted):
+    """`A - Z_1 A Z_-1 = G H^T`: Hankel matrices have rank 2."""
+
+    word = "stein_hankel"
+    way = -1
+
+
+@final
+@dataclass(frozen=True)
+class SteinVandermonde(MadeWhole):
+    """`A - diag(t) A Z_0 = G H^T`, `t[i] = cos((2 i + 1) pi / (2 n))`: the powers of t, falling, have rank 1.
+
+    Z_0 is nilpotent: `A = sum_k diag(t)^k G H^T Z_0^k`, a correlation of each row with powers of its node.
+    """
+
+    word = "stein_vandermonde"
+
+    @cached_property
+    def nodes(self) -> Array:
+        return np.asarray(np.cos((2 * np.arange(self.n) + 1) * np.pi / (2 * self.n)))
+
+    def displace(self, squares: Tensor) -> Tensor:
+        return squares - torch.from_numpy(self.nodes).to(squares)[:, None] * left(squares, 0)
+
+    def solve(self, displaced: Tensor) -> Tensor:
+        n = self.n
+        powers = torch.from_numpy(self.nodes[:, None] ** np.arange(n)).to(displaced)
+        spectrum = torch.fft.rfft(displaced, n=2 * n) * torch.fft.rfft(powers, n=2 * n).conj()
+        return torch.fft.irfft(spectrum, n=2 * n)[..., :n]
+
+    def solving(self) -> int:
+        return self.n * (3 * transform(2 * self.n) + 4 * (self.n + 1))
+
+
+@final
+@dataclass(frozen=True)
+class SteinCauchy(MadeWhole):
+    """`A - diag(a) A diag(b) = G H^T`, `a[i] = i + 1`, `b[j] = 1 / (j + 3/2)`: `1 / (1 - a[i] b[j])` has rank 1."""
+
+    word = "stein_cauchy"
+
+    @cached_property
+    def kernel(self) -> Array:
+        return np.asarray(1 - (np.arange(self.n)[:, None] + 1) / (np.arange(self.n) + 1.5))
+
+    def displace(self, squares: Tensor) -> Tensor:
+        return squares * torch.from_numpy(self.kernel).to(squares)
+
+    def solve(self, displaced: Tensor) -> Tensor:
+        return displaced / torch.from_numpy(self.kernel).to(displaced)
+
+    def solving(self) -> int:
+        return self.n**2
+
+
+@final
+@dataclass(frozen=True)
+class SylvesterToeplitzHankel(MadeWhole):
+    """`Y_1 A - A Y_-1 = G H^T`: sums of a Toeplitz and a Hankel matrix have rank 4.
+
+    `Y_f = Z_0 + Z_0^T` with a 1 in its first and an f in its last corner. Cosines take both apart: Y_1 has the values
+    2 cos(i pi / n), Y_-1 those between them, 2 cos((i + 1/2) pi / n), so that no two are equal.
+    """
+
+    word = "sylvester_toeplitz_hankel"
+
+    @cached_property
+    def bases(self) -> tuple[Array, Array, Array]:
+        """Eigenvectors of Y_1 and of Y_-1, in columns, and the differences of their eigenvalues."""
+        n, odd = self.n, 2 * np.arange(self.n) + 1
+        angles = np.arange(n) * np.pi / n, odd * np.pi / (2 * n)
+        first, second = (np.cos(np.outer(odd, angle) / 2) for angle in angles)
+        values = [2 * np.cos(angle) for angle in angles]
+        return unit(first), unit(second), values[0][:, None] - values[1]
+
+    def displace(self, squares: Tensor) -> Tensor:
+        rows = down(squares, 0) + down(squares.flip(-2), 0).flip(-2)
+        rows = (
+            rows
+            + F.pad(squares[..., :1, :], (0, 0, 0, self.n - 1))
+            + F.pad(squares[..., -1:, :], (0, 0, self.n - 1, 0))
+        )
+        columns = left(squares, 0) + right(squares, 0)
+        columns = columns + F.pad(squares[..., :1], (0, self.n - 1)) - F.pad(squares[..., -1:], (self.n - 1, 0))
+        return rows - columns
+
+    def solve(self, displaced: Tensor) -> Tensor:
+        first, second, gaps = (torch.from_numpy(a).to(displaced) for a in self.bases)
+        return first @ ((first.T @ displaced @ second) / gaps) @ second.T
+
+    def solving(self) -> int:
+        return 4 * self.n**3 + self.n**2
+
+
+def unit(columns: Array) -> Array:
+    """Columns of length 1."""
+    return np.asarray(columns / np.linalg.norm(columns, axis=0))
+
+
 def root_powers(n: int, like: Tensor) -> Tensor:
     """`exp(i pi k / n)` for k below n: multiplied by these, a shift that turns signs is one that does not."""
     angles = torch.arange(n, dtype=like.dtype, device=like.device) * (math.pi / n)
@@ -139,3 +303,8 @@ def down(squares: Tensor, f: int) -> Tensor:
 def left(squares: Tensor, f: int) -> Tensor:
     """`A Z_f`: columns one further left."""
     return torch.cat([squares[..., 1:], f * squares[..., :1]], -1)
+
+
+def right(squares: Tensor, f: int) -> Tensor:
+    """`A Z_f^T`: columns one further right."""
+    return torch.cat([f * squares[..., -1:], squares[..., :-1]], -1)
