@@ -86,3 +86,21 @@ def token_task(tokens: int = 60, classes: int = 4, n: int = 128) -> core.Task:
     own = torch.randint(tokens // classes, (n, 3), generator=generator) * classes + y[:, None]
     x = torch.cat([own, torch.randint(tokens, (n, 3), generator=generator)], 1)
     return core.Task(train=Batches(x[:96], y[:96]), valid=Batches(x[96:], y[96:]))
+
+
+class Residual(nn.Module):
+    """A block of a stack: norm, wider, narrower, added."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(self.norm(x)).relu())
+
+
+def small_stack(classes: int = 4) -> nn.Sequential:
+    """Four blocks of one kind."""
+    blocks = nn.Sequential(*[Residual() for _ in range(4)])
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), blocks, nn.Linear(16, classes))

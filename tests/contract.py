@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import featherweight as fw
-from conftest import Sentences, small_cnn, small_task, token_task
+from conftest import Sentences, small_cnn, small_stack, small_task, token_task
 from featherweight.catalogue import Entry
 from featherweight.core.blueprint import blueprint
 from featherweight.core.forms import bake
@@ -42,6 +42,7 @@ class Ran:
 # Methods on layers that the small network of images does not have: a network that has them, and its task.
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Task]]] = {
     "albert_embedding": (Sentences, token_task),
+    "albert_share": (small_stack, small_task),
 }
 
 

@@ -222,7 +222,7 @@ BEYOND = {"regression": _regression, "segmentation": _segmentation, "dictionary"
 
 # exactly these may refuse, and the cure that they name; every other method works on every kind
 REFUSALS = {
-    **{("albert_embedding", kind): "choose another method" for kind in BEYOND},
+    **{(name, kind): "choose another method" for name in ("albert_embedding", "albert_share") for kind in BEYOND},
     ("xnor_net", "recurrent"): "pass keep_first_last=False",
     ("pact", "recurrent"): "pass keep_first_last=False",
     ("bwn", "recurrent"): "pass keep_first_last=False",
