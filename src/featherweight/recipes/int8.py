@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from math import inf
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from featherweight.allowed import Count, Whole
 from featherweight.catalogue import fill, recipe
 from featherweight.core.biases import correct_biases
 from featherweight.core.decibels import Noise, noises
+from featherweight.core.divergence import answers
 from featherweight.core.fold import fold_batchnorm
 from featherweight.core.ledger import note, recording, show, skip
 from featherweight.core.pairs import equalize_pairs, find_pairs
 from featherweight.core.site import sites
 from featherweight.core.surgery import WhereLinearOrConv2d
-from featherweight.core.task import Task, eval_mode, prediction, run
+from featherweight.core.task import Task
 from featherweight.core.walk import joined
 from featherweight.errors import BadOption, TraceError
 from featherweight.quantize import LAYERS, quantize
@@ -138,12 +139,6 @@ def _nearest(original: nn.Module, task: Task, chosen: Sequence[str], batches: in
     best = min(errors, key=errors.__getitem__)
     note(f"calibrator {best}: relative squared errors of the outputs on the calibration data were {told}")
     return best
-
-
-def answers(model: nn.Module, task: Task, batch: object) -> Tensor:
-    """The outputs of one batch, as losses look at them."""
-    with eval_mode(model):
-        return prediction(run(model, task, batch)[0]).float()
 
 
 def report(original: nn.Module, small: nn.Module, task: Task, chosen: Sequence[str]) -> list[Noise]:
