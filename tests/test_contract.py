@@ -224,6 +224,7 @@ BEYOND = {"regression": _regression, "segmentation": _segmentation, "dictionary"
 REFUSALS = {
     **{(name, kind): "choose another method" for name in ("albert_embedding", "albert_share") for kind in BEYOND},
     ("xnor_net", "recurrent"): "pass keep_first_last=False",
+    ("horq", "recurrent"): "pass keep_first_last=False",
     ("pact", "recurrent"): "pass keep_first_last=False",
     ("bwn", "recurrent"): "pass keep_first_last=False",
     ("dorefa", "recurrent"): "pass keep_first_last=False",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -144,7 +144,7 @@ class SignInput(Form):
         self.shift = nn.Parameter(shift.detach().clone())
 
     def unsound(self) -> str:
-        return _unsound(self)
+        return unsound_shift(self)
 
     def forward(self, *free: Tensor, keep: Tensor | None = None) -> Tensor:
         (value,) = free
@@ -159,28 +159,16 @@ class SizedSignInput(Form):
     moves as the kernel does; for a linear layer, the mean over the features. `TimesSize` multiplies it to the output.
     """
 
-    settings = ("dim", "window", "kernel", "stride", "padding", "dilation", "groups", "mode")
+    settings = ("dim", "window", "reads")
     shift: nn.Parameter
 
     def __init__(self, shift: Tensor, dim: int, window: float, layer: nn.Module) -> None:
         super().__init__()
-        self.dim, self.window = dim, window
+        self.dim, self.window, self.reads = dim, window, reads_of(layer)
         self.shift = nn.Parameter(shift.detach().clone())
-        conv = layer if isinstance(layer, nn.Conv2d) else None
-        self.kernel = list(conv.kernel_size) if conv else []
-        self.stride, self.dilation = (list(conv.stride), list(conv.dilation)) if conv else ([], [])
-        self.padding = list(conv._reversed_padding_repeated_twice) if conv else []
-        self.groups, self.mode = (conv.groups, conv.padding_mode) if conv else (1, "zeros")
 
     def unsound(self) -> str:
-        count = 2 if self.kernel else 0
-        found = (self.kernel, self.stride, self.dilation, self.padding)
-        lists = all(isinstance(v, list) and len(v) in (count, 2 * count) for v in found)
-        numbers = [value for v in found if isinstance(v, list) for value in v] + [self.groups]
-        whole = lists and all(isinstance(v, int) and 0 <= v < 256 for v in numbers) and self.groups > 0
-        positive = whole and all(v > 0 for v in (*self.kernel, *self.stride, *self.dilation))
-        known = self.mode in ("zeros", "reflect", "replicate", "circular")
-        return _unsound(self) or ("" if positive and known else "whose window is impossible")
+        return unsound_shift(self) or ("" if readable(self.reads) else "whose window is impossible")
 
     def forward(self, *free: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         (value,) = free
@@ -189,12 +177,13 @@ class SizedSignInput(Form):
 
     def size(self, centred: Tensor) -> Tensor:
         """K, shape (batch, groups, out height, out width), or (..., 1) of a linear layer."""
-        if not self.kernel:
+        if not self.reads:
             return centred.abs().mean(-1, keepdim=True)
-        of_groups = centred.abs().unflatten(-3, (self.groups, -1)).mean(-3)
-        padded = F.pad(of_groups, self.padding, "constant" if self.mode == "zeros" else self.mode)
-        box = padded.new_full((self.groups, 1, *self.kernel), 1 / (self.kernel[0] * self.kernel[1]))
-        return F.conv2d(padded, box, None, self.stride, 0, self.dilation, self.groups)
+        kernel, groups = self.reads["kernel"], self.reads["groups"]
+        of_groups = centred.abs().unflatten(-3, (groups, -1)).mean(-3)
+        box = of_groups.new_full((groups, 1, *kernel), 1 / (kernel[0] * kernel[1]))
+        padded = pad(of_groups, self.reads)
+        return F.conv2d(padded, box, None, self.reads["stride"], 0, self.reads["dilation"], groups)
 
 
 @final
@@ -225,12 +214,43 @@ class TimesSize(Form):
         return output if bias is None else output + spread(bias, self.dim)
 
 
+def reads_of(layer: nn.Module) -> dict[str, Any]:
+    """How a convolution moves over its input, JSON-able; empty for a linear layer."""
+    if not isinstance(layer, nn.Conv2d):
+        return {}
+    sizes = {"kernel": layer.kernel_size, "stride": layer.stride, "dilation": layer.dilation}
+    around = list(layer._reversed_padding_repeated_twice)  # left, right, above, below: whatever "same" comes to
+    held: dict[str, Any] = {name: list(size) for name, size in sizes.items()}
+    return held | {"padding": around, "groups": layer.groups, "mode": layer.padding_mode}
+
+
+def readable(reads: Any) -> bool:
+    """Whether data from a file say how a convolution may move."""
+    if reads == {}:
+        return True
+    lengths = {"kernel": 2, "stride": 2, "dilation": 2, "padding": 4}
+    if not isinstance(reads, dict) or reads.keys() != {*lengths, "groups", "mode"}:
+        return False
+    if not all(isinstance(reads[name], list) and len(reads[name]) == n for name, n in lengths.items()):
+        return False
+    numbers = [value for name in lengths for value in reads[name]] + [reads["groups"]]
+    whole = all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 256 for value in numbers)
+    positive = whole and all(value > 0 for name in ("kernel", "stride", "dilation") for value in reads[name])
+    return positive and reads["groups"] > 0 and reads["mode"] in ("zeros", "reflect", "replicate", "circular")
+
+
+def pad(value: Tensor, reads: Mapping[str, Any]) -> Tensor:
+    """An input (..., channels, height, width) with what the convolution puts around it."""
+    return F.pad(value, reads["padding"], "constant" if reads["mode"] == "zeros" else reads["mode"])
+
+
 def spread(values: Tensor, dim: int) -> Tensor:
     """One number per channel, shaped to broadcast over a tensor whose channels are its dimension `dim`, from behind."""
     return values.view(-1, *[1] * (-dim - 1))
 
 
-def _unsound(form: SignInput | SizedSignInput) -> str:
+def unsound_shift(form: Any) -> str:
+    """Why a restored form has no shift, window or dimension to work with; empty if it has."""
     held = form._parameters.keys() == {"shift"} and not form._buffers and form.shift.is_floating_point()
     sound = held and form.shift.dim() == 1 and bool(form.shift.isfinite().all()) and form.dim in (-1, -3)
     window = isinstance(form.window, float) and 0 < form.window < float("inf")
