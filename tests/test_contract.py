@@ -231,6 +231,7 @@ REFUSALS = {
     ("equalize", "recurrent"): "leave equalize out",
     ("fitnets", "regression"): "need the scores of at least two classes",
     ("gong_pq", "recurrent"): "pass a larger one",
+    ("gong_rq", "recurrent"): "pass a larger one",
     ("soulie_onthefly", "recurrent"): "pass a larger one",
     ("qcnn", "recurrent"): "pass more codebook_share",
     ("gsl", "dictionary"): "choose a method that counts weights",

@@ -23,7 +23,10 @@ CHUNK = 2**24
 
 @final
 class Codewords(Form):
-    """`weight = Product(codebooks, axis)` of an index (rows, m); the free parameters are the codebooks (m, k, d)."""
+    """`weight = Product(codebooks, axis)` of an index (rows, m); the free parameters are the codebooks (m, k, d).
+
+    Of t stages the index is (t, rows, m), the codebooks are (t, m, k, d).
+    """
 
     stores = "free"
     settings = ("shape", "axis")
@@ -106,9 +109,11 @@ def hold(model: nn.Module, site: Site, codebooks: Tensor, index: Tensor, kept: T
 def told(site: Site, codebooks: Tensor) -> str:
     """What the codes of a layer cost, in words."""
     words, dim = codebooks.shape[-2], codebooks.shape[-1]
-    pieces, values = site.weight.numel() // dim, codebooks.numel()
+    stages = len(codebooks) if codebooks.dim() == 4 else 1
+    pieces, values = stages * site.weight.numel() // dim, codebooks.numel()
     bits = (pieces * max(1, (words - 1).bit_length()) + 32 * values) / site.weight.numel()
-    return f"{words} words for pieces of {dim}, {bits:.2f} bits a weight with the codebooks"
+    each = f"{words} words" if stages == 1 else f"{stages} times {words} words"
+    return f"{each} for pieces of {dim}, {bits:.2f} bits a weight with the codebooks"
 
 
 def cluster_vectors(

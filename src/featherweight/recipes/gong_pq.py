@@ -18,7 +18,7 @@ from featherweight.share import narrow
 
 
 @recipe(
-    paper="Gong et al., 2014, arXiv:1412.6115, section 3.3.1",
+    paper="Gong et al., 2014, arXiv:1412.6115, section 3.2",
     family="share",
     shrinks={"bits"},
     small={"codebook_share": 0.25, "dim": 2, "iterations": 10},
@@ -37,7 +37,7 @@ def gong_pq(
     """Cuts the columns of a layer into blocks and replaces the pieces of each block by the nearest of its codewords.
 
     Yunchao Gong, Liu Liu, Ming Yang, Lubomir Bourdev, "Compressing Deep Convolutional Networks using Vector
-    Quantization", 2014, arXiv:1412.6115, section 3.3.1: `W = [W_1, ..., W_s]`, and for each block `min sum_z sum_j
+    Quantization", 2014, arXiv:1412.6115, section 3.2: `W = [W_1, ..., W_s]`, and for each block `min sum_z sum_j
     |w_z - c_j|^2` by k-means; a layer of m rows costs `m s log2 k` bits, and `32 k n` for its codebooks. The columns of
     a convolution are its inputs times its kernel; or its inputs alone, and all places of the kernel share codewords.
 

@@ -1,7 +1,7 @@
 """Scalar k-means of a layer's weights, no training: the k values of least squared error.
 
 Yunchao Gong, Liu Liu, Ming Yang, Lubomir Bourdev, "Compressing Deep Convolutional Networks using Vector Quantization",
-2014, arXiv:1412.6115, section 3.2.2: every weight becomes the nearest of the k values that minimise
+2014, arXiv:1412.6115, section 3.2: every weight becomes the nearest of the k values that minimise
 `sum_i min_j |w_i - c_j|^2`; a weight costs log2 k bits. `gong_binary`, `gong_pq` and `gong_rq` are the paper's others.
 
 Departs from the paper: the minimum is found exactly by dynamic programming (Wu, "Optimal quantization by matrix
@@ -103,7 +103,7 @@ gong_kmeans = method(
     "share",
     cluster=exact,
     epochs=0,
-    paper="Gong et al., 2014, arXiv:1412.6115, section 3.2.2",
+    paper="Gong et al., 2014, arXiv:1412.6115, section 3.2",
     shrinks={"bits"},
     small={"weight_bits": 4},
 )

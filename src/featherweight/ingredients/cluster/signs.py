@@ -1,7 +1,7 @@
 """The sign of every weight, times one number for the layer: one bit a weight, no training.
 
 Yunchao Gong, Liu Liu, Ming Yang, Lubomir Bourdev, "Compressing Deep Convolutional Networks using Vector Quantization",
-2014, arXiv:1412.6115, section 3.2.1: `w = 1 if w >= 0 else -1`, the aggressive end of what vector quantization can do.
+2014, arXiv:1412.6115, section 3.2: `w = 1 if w >= 0 else -1`, the aggressive end of what vector quantization can do.
 
 Departs from the paper: the sign is multiplied by the layer's mean size, `argmin_a |W - a sign(W)|^2 = mean|W|`, without
 which the outputs of a trained network have another scale; zeros keep a value of their own; convolutions become signs
@@ -32,7 +32,7 @@ gong_binary = method(
     cluster=signs,
     weight_bits=1,
     epochs=0,
-    paper="Gong et al., 2014, arXiv:1412.6115, section 3.2.1",
+    paper="Gong et al., 2014, arXiv:1412.6115, section 3.2",
     shrinks={"bits"},
     small={"epochs": 0},
 )
