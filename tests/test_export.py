@@ -157,19 +157,37 @@ def test_eight_bits_around_a_half_do_not_fit() -> None:
     assert int8(codes) is None
 
 
-def test_codes_that_are_no_grid_are_said(images: Tensor, tmp_path: Path) -> None:
+def test_codes_that_are_no_short_grid_are_said(images: Tensor, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
-    with torch.no_grad():
-        model[1].weight.copy_((torch.randint(0, 2, (2, 64)) - 0.5) * 0.3)
-    zero = torch.tensor(127.5)
-    symbols = torch.where(model[1].weight > 0, 255, 0)
-    declare_codes(model[1], "weight", Codes(symbols, Affine(model[1].weight.detach().max() / zero, zero), (2, 64)))
+    few(model[1], Affine(torch.tensor(0.3), torch.tensor(0)), torch.arange(128) * 1000)
     report = onnx(model, tmp_path / "m.onnx", example_inputs=images)
-    assert report.int8_weights == 0
+    assert report.int8_weights == report.shifted == 0
     assert any(note.startswith("1: weights stay float") for note in report.notes)
 
 
-def few(layer: nn.Module, rule: Table | Product, symbols: Tensor) -> None:
+GRIDS = {
+    "levels around a half": (Affine(torch.tensor(0.01), torch.tensor(127.5)), 0, 256),
+    "unsigned": (Affine(torch.rand(64) + 0.1, torch.arange(64), axis=0), 0, 256),
+    "unsigned, of each input": (Affine(torch.rand(32) + 0.1, torch.arange(32), axis=1), 0, 256),
+    "a float offset": (Affine(torch.rand(64) + 0.1, torch.randn(64), axis=0), 0, 16),
+    "blocks": (Affine(torch.rand(64 * 32 * 9 // 24) + 0.1, torch.tensor(0), block=24), -8, 8),
+    "unsigned blocks": (Affine(torch.rand(64 * 32 * 9 // 24) + 0.1, torch.full((768,), 7), block=24), 0, 16),
+    "sixteen bits": (Affine(torch.tensor(0.001), torch.tensor(0)), -(2**15), 2**15),
+}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_grids_beyond_int8_are_stored_as_integers_exactly(name: str, tmp_path: Path) -> None:
+    model, (rule, low, high) = nn.Sequential(nn.Conv2d(32, 64, 3)), GRIDS[name]
+    few(model[0], rule, torch.randint(low, high, (64, 32, 3, 3)))
+    x = torch.randn(2, 32, 5, 5)
+    report = onnx(model, tmp_path / "m.onnx", example_inputs=x)
+    assert (report.kind, report.int8_weights, report.shifted) == ("float", 0, 1)
+    assert report.difference < 1e-5
+    assert report.bytes < (0.55 if name == "sixteen bits" else 0.45) * 4 * model[0].weight.numel()
+
+
+def few(layer: nn.Module, rule: Affine | Table | Product, symbols: Tensor) -> None:
     codes = Codes(symbols, rule, tuple(layer.weight.shape))
     layer.weight.data.copy_(codes.decode())
     declare_codes(layer, "weight", codes)

@@ -23,6 +23,7 @@ class Lowered:
 
     model: nn.Module
     weights: int = 0
+    shifted: int = 0
     looked_up: int = 0
     halves: int = 0
     grids: int = 0
@@ -56,6 +57,8 @@ def _lower_weight(lowered: Lowered, path: str, module: nn.Module) -> None:
     if codes is not None and (found := int8(codes)) is not None:
         stored = Stored(*found)
         lowered.weights += 1
+    elif codes is not None and (stored := shifted(codes)) is not None:
+        lowered.shifted += 1
     elif codes is not None and (stored := looked_up(codes)) is not None:
         lowered.looked_up += 1
     elif torch.equal(module.weight.half().float(), module.weight):
@@ -63,7 +66,7 @@ def _lower_weight(lowered: Lowered, path: str, module: nn.Module) -> None:
         lowered.halves += 1
     elif codes is not None:
         kind = type(codes.rule).__name__.lower()
-        lowered.notes.append(f"{path}: weights stay float, exact (their {kind} codes are no int8 grid or short table)")
+        lowered.notes.append(f"{path}: weights stay float, exact (their {kind} codes are no short grid or table)")
         return
     else:
         return
@@ -107,6 +110,41 @@ def _even(codes: Codes, table: Table) -> tuple[Tensor, Tensor, int] | None:
     if not bool((symbols.abs() <= 127).all()) or not torch.equal(symbols * step, codes.decode()):
         return None
     return symbols.to(torch.int8), step.clone(), 0
+
+
+def shifted(codes: Codes) -> Shifted | None:
+    """Integers of one or two bytes around any zero point, one scale for each channel or block; None where too long."""
+    rule = codes.rule
+    if not isinstance(rule, Affine):
+        return None
+    low, high = (int(v) for v in codes.symbols.aminmax())
+    kinds = (torch.uint8, torch.int8, torch.int16)
+    kind = next((k for k in kinds if torch.iinfo(k).min <= low and high <= torch.iinfo(k).max), None)
+    rows, axis = (codes.shape, rule.axis) if rule.block is None else ((-1, rule.block), 0)
+    scale, zero = (along(v, axis if v.numel() > 1 else None, len(rows)) for v in (rule.scale, rule.zero_point))
+    side = 4 * (scale.numel() + zero.numel())
+    if kind is None or codes.symbols.numel() * kind.itemsize + side >= 4 * codes.symbols.numel():
+        return None
+    found = Shifted(codes.symbols.view(codes.shape).reshape(rows).to(kind), zero.to(scale.dtype), scale, codes.shape)
+    return found if torch.equal(found(codes.decode()), codes.decode()) else None
+
+
+class Shifted(nn.Module):
+    """A weight that is computed from integers, zero points and scales: `(symbols - zero) * scale`, seen as `shape`."""
+
+    symbols: Tensor
+    zero: Tensor
+    scale: Tensor
+
+    def __init__(self, symbols: Tensor, zero: Tensor, scale: Tensor, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("symbols", symbols)
+        self.register_buffer("zero", zero)
+        self.register_buffer("scale", scale)
+        self.shape = shape
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return ((self.symbols.to(self.scale.dtype) - self.zero) * self.scale).reshape(self.shape)
 
 
 def looked_up(codes: Codes) -> LookedUp | None:

@@ -52,6 +52,7 @@ class ExportReport:
     Attributes:
         kind: "float", "weights" (int8 weights, float arithmetic) or "qdq" (int8 weights and activations).
         int8_weights: how many layers store their weights as int8.
+        shifted: how many store them as integers around a zero point, or with scales for blocks, executed in float.
         looked_up: how many store them as bytes that point into a table of values or vectors, executed in float.
         halves: how many store them in half precision, exactly, executed in float.
         moved: the largest change of a weight or bias by the export, relative to the largest of its tensor; weights
@@ -69,6 +70,7 @@ class ExportReport:
     dynamic_batch: bool
     kind: str
     int8_weights: int
+    shifted: int
     looked_up: int
     halves: int
     moved: float
@@ -93,11 +95,10 @@ def onnx(
 ) -> ExportReport:
     """Writes a model as ONNX, whole or not at all; the same model gives the same bytes. The model is not changed.
 
-    The first dimension of the inputs is dynamic. Weights with declared int8 codes become int8 initializers, those with
-    tables of at most 256 values or vectors become bytes and a table, those that half precision holds exactly become
-    halves; grids on
-    activations become QuantizeLinear and DequantizeLinear, biases between the two int32; everything else is float and
-    exact.
+    The first dimension of the inputs is dynamic. Weights with declared int8 codes become int8 initializers, those
+    on other grids integers of one or two bytes, those with tables of at most 256 values or vectors bytes and a table,
+    those that half precision holds exactly halves; grids on activations become QuantizeLinear and DequantizeLinear,
+    biases between the two int32; everything else is float and exact.
 
     Args:
         example_inputs: a tensor, tuple or dictionary of inputs, as the model takes them.
@@ -138,6 +139,7 @@ def onnx(
         dynamic_batch=dynamic,
         kind=kind,
         int8_weights=lowered.weights,
+        shifted=lowered.shifted,
         looked_up=lowered.looked_up,
         halves=lowered.halves,
         moved=moved,
