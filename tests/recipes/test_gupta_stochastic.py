@@ -147,3 +147,21 @@ def test_what_is_cut_off_is_said_and_impossible_formats_are_refused() -> None:
     assert any("1:" in told and "are cut off at 2" in told for told in ledger.notes)
     with pytest.raises(BadOption, match="pass fewer weight_places"):
         entry("gupta_stochastic")(small_mlp(), task, weight_bits=8, weight_places=24)
+
+
+@pytest.mark.parametrize("then", ["xnor_net", "bnn", "few_multiplications"])
+def test_methods_that_move_biases_know_those_on_grids(then: str) -> None:
+    """With its biases on grids a network is binarized to the same outputs as with the same biases as plain numbers."""
+    torch.manual_seed(0)
+    task = small_task()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 4))
+    for layer in (model[1], model[3], model[5]):
+        nn.init.uniform_(layer.bias, -1.5, 1.5)
+    gupta = entry("gupta_stochastic")(model, task, epochs=0).eval()
+    found = []
+    for start in (copy.deepcopy(gupta), bake(copy.deepcopy(gupta))):
+        torch.manual_seed(1)
+        small = entry(then)(start, task, epochs=0 if then != "few_multiplications" else 1, lr=1e-9).eval()
+        with torch.no_grad():
+            found.append(small(task.inputs()[0][0]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 import featherweight as fw
 from conftest import small_cnn, small_task
 from featherweight import zoo
+from featherweight.catalogue import entry
 from featherweight.core.fit import fit
-from featherweight.core.forms import Affine, activation_forms, bake, codes_of
+from featherweight.core.forms import Affine, activation_forms, bake, codes_of, mask_of
 from featherweight.core.ledger import recording
 from featherweight.core.task import Task, evaluate
 from featherweight.errors import MissingNeed, UnknownName
 from featherweight.export import onnx as to_onnx
 from featherweight.export import session
+from featherweight.prune import prune
 from featherweight.recipes.int8 import int8
 
 
@@ -199,3 +201,30 @@ def test_a_grid_that_stands_at_several_places_goes_into_a_file_without_class(tmp
     assert result.report["file"]["class_free"], result.report["file"]
     with torch.no_grad():
         assert torch.equal(fw.load(tmp_path / "model.fw")(images), result.model(images))
+
+
+def test_pruned_networks_are_equalized_too_and_keep_their_zeros(trained: tuple[nn.Module, Task]) -> None:
+    model, task = copy.deepcopy(trained[0]), trained[1]
+    pruned = prune(model, task, sparsity=0.5, epochs=0)
+    keep = mask_of(pruned.get_submodule("3"))
+    assert keep is not None
+    keep, score = keep.clone(), evaluate(pruned, task).value
+    with recording() as ledger:
+        small = int8(pruned, task, equalize=True)
+    assert "2 pairs of layers were scaled to equal ranges" in ledger.notes
+    assert evaluate(small, task).value >= score - 1 / 32
+    assert not bake(small).get_submodule("3").weight[~keep].any()
+
+
+def test_equalization_leaves_the_integers_of_an_earlier_method(trained: tuple[nn.Module, Task]) -> None:
+    model, task = trained
+    found = {}
+    for equalize in (False, True):
+        small = entry("twn")(copy.deepcopy(model), task, epochs=0)
+        with recording() as ledger:
+            baked = bake(int8(small, task, equalize=equalize))
+        codes = codes_of(baked.get_submodule("3"))
+        assert codes is not None
+        found[equalize] = len(codes.symbols.unique())
+    assert found == {False: 3, True: 3}
+    assert any(text.startswith("layers are not equalized: an earlier method's grids") for text in ledger.notes)

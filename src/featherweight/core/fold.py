@@ -40,13 +40,15 @@ def fold_batchnorm(model: nn.Module, example_inputs: Any) -> nn.Module:
     """
     masked = masked_names(model)
     bake(model)
-    for norm, layer in _pairs(model, example_inputs).items():
-        if isinstance(layer, str):
-            skip(norm, f"batch norm stays: {layer}")
-            continue
-        _fold(layer, model.get_submodule(norm))
-        swap(model, norm, nn.Identity())
-    mask_zeros(model, masked)
+    try:
+        for norm, layer in _pairs(model, example_inputs).items():
+            if isinstance(layer, str):
+                skip(norm, f"batch norm stays: {layer}")
+                continue
+            _fold(layer, model.get_submodule(norm))
+            swap(model, norm, nn.Identity())
+    finally:  # also where there is no graph
+        mask_zeros(model, masked)
     return model
 
 

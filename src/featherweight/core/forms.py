@@ -520,6 +520,19 @@ def bake(model: nn.Module) -> nn.Module:
     return model
 
 
+def take_off(model: nn.Module, module: nn.Module, name: str) -> None:
+    """Takes the forms off one tensor, for every module that owns it: the value stays, a plain parameter."""
+    if not has_forms(module, name):
+        return
+    value = nn.Parameter(getattr(module, name).detach().clone())
+    for owner, own in owners(model, module, name):
+        rest = {n: (_stack(owner, n), originals(owner, n)) for n in _lists(owner) if n != own}
+        _plain(owner)
+        owner.register_parameter(own, value)
+        for other, (stack, free) in rest.items():
+            _register(owner, other, stack, free)
+
+
 def settle(model: nn.Module) -> None:
     """Puts the settled form in the place of every form on an activation; one that modules share stays shared."""
     done: dict[Form, Form] = {}

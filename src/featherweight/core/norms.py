@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from featherweight.core.task import Task, run
+from featherweight.errors import BadData
 
 RUNNING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -18,24 +19,33 @@ def settle_norms(model: nn.Module, task: Task, *, batches: int = 64) -> nn.Modul
     Training with noise, masks or gates leaves statistics of another network than the one without them. Every batch has
     the same weight. Networks without running statistics are left as they are.
 
+    A norm that no batch reaches keeps the statistics it has.
+
     Raises:
         MissingNeed: the task has neither calibration nor training data.
+        BadData: the calibration data are empty.
     """
     norms = [m for m in model.modules() if isinstance(m, RUNNING) and m.track_running_stats]
     if not norms:
         return model
     modes = {module: module.training for module in model.modules()}
-    momenta = [norm.momentum for norm in norms]
+    before = [(norm.momentum, {k: v.clone() for k, v in norm.named_buffers(recurse=False)}) for norm in norms]
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
         norm.train()
         norm.momentum = None  # the mean of all batches
+    seen = 0
     with torch.no_grad():
         for batch in islice(task.calibrating(), batches):
             run(model, task, batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
+            seen += 1
+    for norm, (momentum, old) in zip(norms, before, strict=True):
         norm.momentum = momentum
+        if not int(norm.num_batches_tracked or 0):
+            norm.load_state_dict(old, strict=False)
     for module, training in modes.items():
         module.training = training
+    if not seen:
+        raise BadData("the calibration data are empty: batch norms need at least one batch for their statistics")
     return model

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, fx, nn
 
+from featherweight.core.forms import Mask, activation_forms, codes_of, form_names, forms_of
 from featherweight.core.surgery import altered
 from featherweight.core.trace import graph_inputs, operator_name, trace
 
@@ -38,6 +39,13 @@ class Pair:
     second: str
     columns: int = 1
     through: tuple[str, ...] = ()
+
+
+def on_grids(model: nn.Module) -> bool:
+    """Whether grids or codes, on weights or activations, fit the present scales of a model, which would lose them."""
+    forms = (form for module in model.modules() for name in form_names(module) for form in forms_of(module, name))
+    held = any(codes_of(module) is not None for module in model.modules())
+    return held or bool(activation_forms(model)) or any(not isinstance(form, Mask) for form in forms)
 
 
 def find_pairs(model: nn.Module, example_inputs: Any) -> tuple[list[Pair], dict[str, str]]:

@@ -13,7 +13,7 @@ from featherweight.allowed import Amount, Count, Positive, Share
 from featherweight.catalogue import recipe
 from featherweight.core.binary import SignInput, Start, channel_dim, clip, constant_part, looked_at, sign_weights
 from featherweight.core.fit import Optimizers
-from featherweight.core.forms import attach
+from featherweight.core.forms import attach, take_off
 from featherweight.core.ledger import note
 from featherweight.core.site import Site, sites
 from featherweight.core.surgery import WhereLinearOrConv2d
@@ -93,6 +93,7 @@ def bnn(
 def binarize(model: nn.Module, site: Site, start: Start) -> None:
     """Signs for a layer's weights and inputs, at the scale that the layer had; its bias takes the mean of the input."""
     layer = site.module
+    take_off(model, layer, "bias")
     bias = layer._parameters.get("bias")
     if bias is not None:
         bias.data += constant_part(site.weight, start.shift, getattr(layer, "groups", 1))

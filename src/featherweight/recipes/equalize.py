@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from featherweight.catalogue import recipe
 from featherweight.core.fold import fold_batchnorm, norms_behind
-from featherweight.core.forms import activation_forms, bake, codes_of, mask_zeros, masked_names
+from featherweight.core.forms import bake, mask_zeros, masked_names
 from featherweight.core.ledger import note, skip
 from featherweight.core.pairs import (
     IDLE,
@@ -35,6 +35,7 @@ from featherweight.core.pairs import (
     find_pairs,
     incoming,
     layers_of,
+    on_grids,
     ranges,
 )
 from featherweight.core.surgery import swap
@@ -62,7 +63,8 @@ def equalize(
         CompressionError: no two layers can be equalized, or the network is on grids already.
         TraceError: the model cannot be traced.
     """
-    _refuse_grids(model)
+    if on_grids(model):
+        raise CompressionError("the network is on grids that fit its present scales: equalize it before quantizing it")
     if relu6 == "replace":
         _replace_relu6(model)
     masked = masked_names(model)
@@ -90,11 +92,6 @@ def equalize(
         _absorb(model, pairs, {path: _low(normals[path], scales[path]) for path in normals.keys() & scales.keys()})
     mask_zeros(model, masked)
     return model
-
-
-def _refuse_grids(model: nn.Module) -> None:
-    if activation_forms(model) or any(codes_of(module) is not None for module in model.modules()):
-        raise CompressionError("the network is on grids that fit its present scales: equalize it before quantizing it")
 
 
 def _replace_relu6(model: nn.Module) -> None:

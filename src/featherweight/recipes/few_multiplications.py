@@ -183,7 +183,7 @@ def _forward(layer: nn.Module, shifts: int, x: Tensor) -> Tensor:
     """What the layer computes; its input's gradient comes by the first product, its weight's by the second."""
     product = partial(layer._conv_forward, bias=None) if isinstance(layer, nn.Conv2d) else F.linear
     weight: Tensor = layer.weight  # type: ignore[assignment] # once: every look at it draws anew
-    bias = layer._parameters.get("bias")
+    bias: Tensor | None = layer.bias  # type: ignore[assignment] # through the forms that may stand on it
     plain = product(x, weight.detach())
     plain = plain if bias is None else plain + (bias if isinstance(layer, nn.Linear) else bias.view(-1, 1, 1))
     if not torch.is_grad_enabled():

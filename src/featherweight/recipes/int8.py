@@ -15,8 +15,10 @@ from featherweight.core.biases import correct_biases
 from featherweight.core.decibels import Noise, noises
 from featherweight.core.divergence import answers
 from featherweight.core.fold import fold_batchnorm
+from featherweight.core.forms import bake, mask_zeros, masked_names
 from featherweight.core.ledger import note, recording, show, skip
 from featherweight.core.pairs import equalize_pairs, find_pairs
+from featherweight.core.pairs import on_grids as grids_stand
 from featherweight.core.site import sites
 from featherweight.core.surgery import WhereLinearOrConv2d
 from featherweight.core.task import Task
@@ -99,13 +101,18 @@ def fold(model: nn.Module, task: Task) -> None:
 
 def equalized(model: nn.Module, task: Task) -> None:
     """Equal ranges in neighbouring layers, as far as there are any; see the recipe `equalize`."""
+    if grids_stand(model):
+        note("layers are not equalized: an earlier method's grids fit their present scales, and stay")
+        return
+    masked = masked_names(model)
+    bake(model)
     try:
         pairs, _ = find_pairs(model, task.inputs())
+        equalize_pairs(model, pairs)
+        note(f"{len(pairs)} pairs of layers were scaled to equal ranges")
     except TraceError as error:
         note(f"layers are not equalized: {error}")
-        return
-    equalize_pairs(model, pairs)
-    note(f"{len(pairs)} pairs of layers were scaled to equal ranges")
+    mask_zeros(model, masked)
 
 
 def on_grids(

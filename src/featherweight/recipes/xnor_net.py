@@ -16,7 +16,7 @@ from featherweight.core.binary import (
     looked_at,
 )
 from featherweight.core.fit import Optimizers
-from featherweight.core.forms import attach
+from featherweight.core.forms import attach, take_off
 from featherweight.core.ledger import note
 from featherweight.core.site import Site, channel_axis, sites
 from featherweight.core.surgery import WhereLinearOrConv2d
@@ -84,6 +84,7 @@ def xnor_net(
 def binarize(model: nn.Module, site: Site, start: Start) -> None:
     """Signs for a layer's weights and inputs and sizes for its outputs; the bias moves behind the sizes."""
     layer, dim = site.module, channel_dim(site.module)
+    take_off(model, layer, "bias")
     held, bias = layer._parameters.get("bias"), None
     if held is not None:
         bias = held.detach() + constant_part(site.weight, start.shift, getattr(layer, "groups", 1))
