@@ -39,6 +39,7 @@ LAYERS = (
     nn.AdaptiveMaxPool2d(2, return_indices=True),
     StructuredLinear(6, 4, True, ("circulant", 7)), StructuredLinear(6, 4, False, ("hashed", 5, 1 << 60)),
     StructuredLinear(6, 4, True, ("toeplitz", 3)), StructuredLinear(6, 4, True, ("stein_cauchy", 2)),
+    StructuredLinear(6, 4, True, ("functional", 5, 2, 3, 1)),
     StructuredEmbedding(6, 4, None, ("hashed", 5, 1)), StructuredEmbedding(6, 4, 2, ("hashed", 5, 1)),
     from_dense(nn.Conv2d(2, 4, (3, 1), padding="same", groups=2, bias=False), ("hashed", 5, 0)),
     nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.ReLU())),

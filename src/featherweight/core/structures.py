@@ -120,8 +120,7 @@ class Tied(Structure):
     @cached_property
     def table(self) -> Tensor:
         """For each entry, where it stands among the weights and, behind them, their negatives; int32."""
-        index, minus = self.entries()
-        return torch.from_numpy((index + self.size * minus).astype(np.int32))
+        return signed_places(*self.entries(), self.size)
 
     def start(self, std: float) -> dict[str, Tensor]:
         return {name: torch.randn(shape) * std for name, shape in self.shapes().items()}
@@ -138,11 +137,13 @@ class Tied(Structure):
         return {name: (sums / counts).to(matrix.dtype).view(shape)}
 
     def matrix(self, free: Free) -> Tensor:
-        both = _both(free)
+        (weights,) = free.values()
+        both = both_signs(weights)
         return both.index_select(0, self.table.to(both.device)).view(self.rows, self.columns)
 
     def some_rows(self, free: Free, index: Tensor) -> Tensor:
-        both = _both(free)
+        (weights,) = free.values()
+        both = both_signs(weights)
         table = self.table.to(both.device).view(self.rows, self.columns)[index]
         return both.index_select(0, table.flatten()).view(*index.shape, self.columns)
 
@@ -150,10 +151,14 @@ class Tied(Structure):
         return 0
 
 
-def _both(free: Free) -> Tensor:
+def both_signs(weights: Tensor) -> Tensor:
     """Weights and, behind them, their negatives."""
-    (weights,) = free.values()
     return torch.cat([weights.flatten(), -weights.flatten()])
+
+
+def signed_places(index: Array, minus: Array, count: int) -> Tensor:
+    """Where weights with signs stand among `count` weights and, behind them, their negatives; int32."""
+    return torch.from_numpy((index + count * minus).astype(np.int32))
 
 
 @final
