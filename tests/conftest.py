@@ -104,3 +104,19 @@ def small_stack(classes: int = 4) -> nn.Sequential:
     """Four blocks of one kind."""
     blocks = nn.Sequential(*[Residual() for _ in range(4)])
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), blocks, nn.Linear(16, classes))
+
+
+class Sequences(nn.Module):
+    """Sequences of eight numbers to classes: two recurrent layers, a linear layer on the last state."""
+
+    def __init__(self, width: int = 20, classes: int = 4) -> None:
+        super().__init__()
+        self.recurrent = nn.LSTM(8, width, 2, batch_first=True)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.recurrent(x)[0][:, -1])
+
+
+def sequence_task() -> core.Task:
+    return small_task((6, 8))

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import featherweight as fw
-from conftest import Sentences, small_cnn, small_stack, small_task, token_task
+from conftest import Sentences, Sequences, sequence_task, small_cnn, small_stack, small_task, token_task
 from featherweight.catalogue import Entry
 from featherweight.core.blueprint import blueprint
 from featherweight.core.forms import bake
@@ -43,6 +43,7 @@ class Ran:
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Task]]] = {
     "albert_embedding": (Sentences, token_task),
     "albert_share": (small_stack, small_task),
+    "compact_rnn_sharing": (Sequences, sequence_task),
 }
 
 

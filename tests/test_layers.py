@@ -13,6 +13,7 @@ from torch import nn
 
 from featherweight.core.arguments import agrees
 from featherweight.core.layers import LEAVES, build_layer, count_layers, layer_spec
+from featherweight.core.recurrent import shared
 from featherweight.core.structured import StructuredEmbedding, StructuredLinear, from_dense
 from featherweight.errors import FormatError
 
@@ -39,6 +40,7 @@ LAYERS = (
     nn.AdaptiveMaxPool2d(2, return_indices=True),
     StructuredLinear(6, 4, True, ("circulant", 7)), StructuredLinear(6, 4, False, ("hashed", 5, 1 << 60)),
     StructuredLinear(6, 4, True, ("toeplitz", 3)), StructuredLinear(6, 4, True, ("stein_cauchy", 2)),
+    shared(nn.GRU(2, 3, 2, bidirectional=True), 2), shared(nn.LSTM(2, 3, bias=False), 1),
     StructuredLinear(6, 4, True, ("functional", 5, 2, 3, 1)),
     StructuredEmbedding(6, 4, None, ("hashed", 5, 1)), StructuredEmbedding(6, 4, 2, ("hashed", 5, 1)),
     from_dense(nn.Conv2d(2, 4, (3, 1), padding="same", groups=2, bias=False), ("hashed", 5, 0)),

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from featherweight.core.recurrent import GATES, SharedRecurrent
 from featherweight.core.structured import StructuredConv2d, StructuredEmbedding, StructuredLayer, StructuredLinear
 from featherweight.core.structures import sound
 
@@ -100,6 +101,8 @@ ARGUMENTS: dict[str, Check] = {
     "mode": _one_of(*MODES),
     "align_corners": _one_of(True, False, None),
     "recompute_scale_factor": _one_of(True, False, None),
+    "cell": _one_of(*GATES),
+    "rank": _between(1, LARGEST),
     "structure": lambda kind, value: sound(value),
 }
 
@@ -122,6 +125,8 @@ def agrees(module: nn.Module) -> bool:  # noqa: PLR0911 - one straight table
             return weight == (module.out_features, module.in_features)
         case nn.Embedding():
             return weight == (module.num_embeddings, module.embedding_dim)
+        case SharedRecurrent():
+            return tensors == module.shapes()
         case StructuredLayer():
             bias = tensors.pop("bias", (module.matrix.rows,))
             return _says_its_size(module) and bias == (module.matrix.rows,) and tensors == module.matrix.shapes()

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from featherweight.core.ledger import note
+from featherweight.core.recurrent import SharedRecurrent, dense_size
 from featherweight.core.structured import NAME, StructuredLayer, told_layer
 from featherweight.core.task import as_call, device_of, eval_mode, to_device
 from featherweight.core.trace import graph_inputs, operator_name, owner, trace
@@ -225,6 +226,8 @@ def _module_macs(module: nn.Module, args: tuple[Any, ...], out: Any) -> int:  # 
             return out.numel() * module.weight.shape[1]
         case nn.Bilinear():
             return out.numel() * math.prod(module.weight.shape[1:])
+        case SharedRecurrent():
+            return math.prod(args[0].shape[:-1]) * dense_size(module) + module.making()
         case nn.RNNBase():
             x = args[0].data if isinstance(args[0], nn.utils.rnn.PackedSequence) else args[0]
             return math.prod(x.shape[:-1]) * sum(p.numel() for p in module.parameters() if p.dim() == 2)

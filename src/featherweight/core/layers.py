@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from featherweight.core.arguments import fits
 from featherweight.core.forms import foreign
+from featherweight.core.recurrent import SETTINGS, SharedRecurrent
 from featherweight.core.structured import StructuredConv2d, StructuredEmbedding, StructuredLinear
 from featherweight.errors import FeatherweightError, FormatError, shown
 
@@ -62,6 +63,7 @@ LEAVES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
         ((nn.PixelUnshuffle,), ("downscale_factor",)),
         ((nn.ChannelShuffle,), ("groups",)),
         ((nn.Upsample,), ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")),
+        ((SharedRecurrent,), SETTINGS),
         ((StructuredLinear,), StructuredLinear.settings),
         ((StructuredConv2d,), StructuredConv2d.settings),
         ((StructuredEmbedding,), StructuredEmbedding.settings),

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.core.forms import activation_forms
+from featherweight.core.recurrent import SharedRecurrent, has_cell
 
-KINDS: tuple[type[nn.RNNBase], ...] = (nn.LSTM, nn.GRU, nn.RNN)
+KINDS: tuple[type[nn.Module], ...] = (nn.LSTM, nn.GRU, nn.RNN, SharedRecurrent)
+Recurrent = nn.RNNBase | SharedRecurrent
 NAME = "recurrent_layer"
 
 
@@ -35,12 +37,12 @@ def _(x: Tensor, states: list[Tensor], sizes: list[int], batch_first: bool) -> t
 @contextmanager
 def opaque_layers(model: nn.Module) -> Iterator[None]:
     """A block in which recurrent layers (of sequences in batches) and forms on activations are one operator each."""
-    every = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
+    every = [m for m in model.modules() if isinstance(m, (nn.RNNBase, SharedRecurrent))]
     found = [m for m in every if type(m) in KINDS and "forward" not in vars(m)]
     held = [form for forms in activation_forms(model).values() for at, form in forms.items() if at != "grad"]
     forms = list(dict.fromkeys(held))  # one grid may stand at several places
     for module in found:
-        module.forward = _standing_in(module)
+        module.forward = _standing_in(module)  # type: ignore[method-assign]
     for form in forms:
         form.forward = torch.ops.aten.alias.default  # type: ignore[method-assign]
     try:
@@ -50,7 +52,7 @@ def opaque_layers(model: nn.Module) -> Iterator[None]:
             del patched.__dict__["forward"]
 
 
-def _standing_in(module: nn.RNNBase) -> Callable[..., Any]:
+def _standing_in(module: Recurrent) -> Callable[..., Any]:
     directions = 2 if module.bidirectional else 1
     sizes = [module.num_layers * directions, module.hidden_size, module.proj_size or module.hidden_size, directions]
     own = module.forward
@@ -60,6 +62,6 @@ def _standing_in(module: nn.RNNBase) -> Callable[..., Any]:
             return own(x, hx)
         states = [] if hx is None else list(hx) if isinstance(hx, (tuple, list)) else [hx]
         out, h, c = _layer(x, states, sizes, module.batch_first)
-        return out, ((h, c) if isinstance(module, nn.LSTM) else h)
+        return out, ((h, c) if has_cell(module) else h)
 
     return forward

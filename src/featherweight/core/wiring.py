@@ -32,8 +32,9 @@ from featherweight.core.example import smaller
 from featherweight.core.forms import ACTIVATIONS, Form, activation_form, activation_forms, bake, form_names, own_modules
 from featherweight.core.layers import TYPES
 from featherweight.core.ledger import note
-from featherweight.core.opaque import NAME, opaque_layers
+from featherweight.core.opaque import NAME, Recurrent, opaque_layers
 from featherweight.core.operators import CHECKS, target_name
+from featherweight.core.recurrent import SharedRecurrent, has_cell
 from featherweight.core.rewiring import renumbered
 from featherweight.core.sizes import evaluate_size, expression, independent
 from featherweight.core.task import as_call, device_of, eval_mode, to_device
@@ -577,7 +578,7 @@ def _layer_call(
     given = [a for a in taken if not (isinstance(held := numbers.get(a), Held) and held.name in own) and _is_tensor(a)]
     if getattr(module, "return_indices", False) or _asked_for_a_size(module, nodes):
         return None
-    if isinstance(module, nn.RNNBase):
+    if isinstance(module, (nn.RNNBase, SharedRecurrent)):
         return _recurrent_call(module, path, nodes, outside, given)
     if len(outside) != 1 or len(given) != 1:
         return None
@@ -595,7 +596,7 @@ def _asked_for_a_size(module: nn.Module, nodes: Sequence[fx.Node]) -> bool:
 
 
 def _recurrent_call(
-    module: nn.RNNBase, path: str, nodes: Sequence[fx.Node], outside: Sequence[fx.Node], given: Sequence[fx.Node]
+    module: Recurrent, path: str, nodes: Sequence[fx.Node], outside: Sequence[fx.Node], given: Sequence[fx.Node]
 ) -> _LayerCall | None:
     core = next((n for n in nodes if operator_name(n) == NAME), None)
     if core is None or any(n.args[0] is not core for n in outside) or core.args[0] not in given:
@@ -604,8 +605,8 @@ def _recurrent_call(
     args: tuple[Any, ...] = (core.args[0],)
     if len(given) > 1:
         several = isinstance(states, (tuple, list))
-        args = (*args, tuple(states) if isinstance(module, nn.LSTM) else states[0] if several else states)
-    pair = isinstance(module, nn.LSTM)
+        args = (*args, tuple(states) if has_cell(module) else states[0] if several else states)
+    pair = has_cell(module)
     ways = {0: (0,), 1: (1, 0) if pair else (1,), 2: (1, 1)}
     return _LayerCall(path, args, core, {n: ways[int(n.args[1])] for n in outside})  # type: ignore[arg-type]
 
