@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import os
 import subprocess
 import sys
@@ -14,13 +15,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import featherweight as fw
+from conftest import Batches
+from featherweight import commands
 from featherweight.catalogue import entries
+from featherweight.cli import app
+from featherweight.core.binary import SignInput, SizedSignInput, TimesSize, channel_dim
 from featherweight.core.forms import Affine, Codes, Product, Table, attach, bake, codes_of, declare_codes
 from featherweight.core.grids import ActivationGrid
 from featherweight.core.ledger import recording
-from featherweight.core.signs import Signs
+from featherweight.core.task import Task
 from featherweight.errors import BadData, BadOption, FeatherweightError, MissingNeed, UnknownName
 from featherweight.runtime import executed
 from featherweight.runtime.executors.bitplane_and import bitplane_and
@@ -45,7 +51,7 @@ def with_integers(layer: nn.Module, symbols: Tensor, zero: float, low: int = 0) 
     return layer
 
 
-def signed(layer: nn.Module, seed: int = 0) -> nn.Module:
+def signed(layer: nn.Module, seed: int = 0, shifts: float = 0.0) -> nn.Module:
     """A layer of weights of one bit behind an input of one bit."""
     with_integers(layer, torch.randint(2, layer.weight.shape, generator=random(seed)), 0.5)
     layer.weight.data *= 2
@@ -54,7 +60,9 @@ def signed(layer: nn.Module, seed: int = 0) -> nn.Module:
     )
     if layer.bias is not None:
         layer.bias.data.round_()  # so that sums of integers stay exact in float32
-    attach(layer, Signs(), "input")
+    width = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    shift = shifts * torch.randn(width, generator=random(seed + 1))
+    attach(layer, SignInput(shift, channel_dim(layer), 1.0), "input")
     return layer
 
 
@@ -159,7 +167,7 @@ def test_signs_of_zeros_tiny_numbers_and_other_types():
     x = torch.tensor([[0.0, -0.0, 1e-300, -1e-300]], dtype=torch.float64)
     packed = xnor_popcount(layer)
     with torch.no_grad():
-        wanted = torch.nn.functional.linear(Signs()(x), layer.weight.double())
+        wanted = torch.nn.functional.linear(torch.where(x >= 0, 1.0, -1.0).double(), layer.weight.double())
     assert torch.equal(packed(x), wanted)
     assert packed(x).dtype == torch.float64
     assert packed(x.bfloat16()).dtype == torch.bfloat16
@@ -170,7 +178,7 @@ def test_ternary_weights_and_channels_of_zeros():
     values = torch.randint(-1, 2, (3, 70), generator=random(0)).float() * torch.tensor([[0.5], [2.0], [0.0]])
     layer.weight.data = values
     declare_codes(layer, "weight", Codes(torch.unique(values, return_inverse=True)[1], Table(values.unique()), (3, 70)))
-    attach(layer, Signs(), "input")
+    attach(layer, SignInput(torch.zeros(70), -1, 1.0), "input")
     x = torch.randn(5, 70, generator=random(1))
     assert "only signs multiply" in xnor_popcount(layer)
     with torch.no_grad():
@@ -200,7 +208,7 @@ def test_bytes_keep_to_their_range():
     attach(layer, ActivationGrid(0.1, 0), "input")
     assert "does not fit signed bytes" in int_gemm(layer)
     layer = with_integers(nn.Linear(3, 2), torch.tensor([[0, 1, 2], [2, 3, 1]]), 1.5)
-    attach(layer, Signs(), "input")
+    attach(layer, SignInput(torch.zeros(3), -1, 1.0), "input")
     assert "between two integers" in int_gemm(layer)
     assert "no Linear" in int_gemm(nn.Conv2d(1, 1, 1))
 
@@ -362,12 +370,26 @@ def test_a_layer_with_hooks_of_its_own_stays(model):
     assert torch.equal(fast.signs(torch.ones(1, 16, 5, 5)), model.signs(torch.ones(1, 16, 5, 5)))
 
 
+@pytest.mark.parametrize("layer", [nn.Conv2d(6, 8, 3, padding=1, groups=2), nn.Linear(40, 9)], ids=["conv", "linear"])
+def test_sizes_beside_the_signs_are_kept(layer):
+    signed(layer)
+    layer.bias.data.zero_()
+    dim, width = channel_dim(layer), 6 if isinstance(layer, nn.Conv2d) else 40
+    attach(layer, SizedSignInput(torch.randn(width), dim, 1.0, layer), "input")
+    attach(layer, TimesSize(dim, torch.randn(8 if dim == -3 else 9)), "output")
+    x = torch.randn(2, 6, 9, 9) if dim == -3 else torch.randn(5, 40)
+    fast = fw.accelerate(nn.Sequential(layer), x, keep_slower=True)
+    assert executed(fast)[0].used
+    with torch.no_grad():
+        assert torch.equal(fast(x), layer(x))
+
+
 def test_soft_weights_are_baked_in_the_copy_alone():
     from featherweight.ingredients.grid.dorefa import DoReFaWeights
 
     layer = nn.Linear(128, 64)
     attach(layer, DoReFaWeights(1, torch.ones(())))
-    attach(layer, Signs(0.5), "input")
+    attach(layer, SignInput(torch.randn(128), -1, 1.0), "input")
     x = torch.randn(3, 128)
     fast = fw.accelerate(nn.Sequential(layer), x, keep_slower=True)
     assert executed(fast)[0].executor == "xnor_popcount"
@@ -397,6 +419,35 @@ class Binary(nn.Module):
         return self.norms[3](self.four(x.clamp(-1, 1)))
 
 
+class Rectified(nn.Module):
+    """Signs around shifts, of what comes out of rectifiers, as in a network that was trained with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = signed(nn.Conv2d(3, 20, 3, padding=1)), signed(nn.Conv2d(20, 30, 3), 1, 0.7)
+        self.three, self.last = signed(nn.Linear(30, 7), 2, 0.7), nn.Linear(7, 2)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(20), nn.BatchNorm2d(30), nn.BatchNorm1d(7)])
+        for norm in self.norms:
+            norm.running_var.fill_(9.0)
+            norm.running_mean.copy_(torch.randn(norm.running_mean.shape, generator=random(1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.nn.functional.max_pool2d(torch.relu(self.norms[0](self.one(x))), 2)
+        x = torch.relu(self.norms[1](self.two(x))).amax((2, 3))
+        return self.last(self.norms[2](self.three(x)))
+
+
+def test_shifts_behind_rectifiers_go_into_thresholds():
+    model = Rectified().eval()
+    x = torch.randn(30, 3, 14, 14, generator=random(0))
+    fast = fw.accelerate(model, x, keep_slower=True)
+    assert [type(norm) for norm in fast.norms] == [nn.Identity, nn.BatchNorm2d, nn.BatchNorm1d]  # amax is not known
+    assert torch.equal(fast.two.shift, torch.ones(20))
+    with torch.no_grad():
+        assert torch.equal(fast(x), model(x))
+    assert (model.two.fw_input.shift != 1).all()
+
+
 def test_batch_norm_and_signs_become_thresholds():
     model = Binary().eval()
     x = torch.randn(40, 3, 14, 14, generator=random(0))
@@ -409,6 +460,20 @@ def test_batch_norm_and_signs_become_thresholds():
     with torch.no_grad():
         assert torch.equal(fast.one(x) >= 0, model.norms[0](model.one(x)) >= 0)
         assert torch.equal(fast(x), model(x))
+
+
+def test_the_command_shows_layers_reasons_and_the_whole_network(model, monkeypatch):
+    task = Task(valid=Batches(EXAMPLE, torch.zeros(2, dtype=torch.long)))
+    monkeypatch.setattr(commands, "read_report", lambda directory: {})
+    monkeypatch.setattr(commands, "rebuilt", lambda directory, report: (Chain().eval(), model, task))
+    asked = ["accelerate", "runs/x", "--seconds", "0.01", "--keep-slower"]
+    shown = CliRunner().invoke(app, asked)
+    assert shown.exit_code == 0, shown.output
+    assert "xnor_popcount" in shown.stdout
+    assert "its weight has no codes: quantize it first" in shown.stdout
+    found = json.loads(CliRunner().invoke(app, [*asked, "--json"]).stdout)
+    assert [row["name"] for row in found["network"]] == ["original", "result", "accelerated"]
+    assert "signs" in {row["path"] for row in found["layers"]}
 
 
 PYTHON = """

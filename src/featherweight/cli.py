@@ -205,5 +205,24 @@ def bench(
     commands.show_latency(commands.bench(directory, threads=threads, batches=batch, seconds=seconds))
 
 
+@app.command(epilog="Example: `featherweight accelerate runs/bnn --threads 1 --batch 1`")
+def accelerate(
+    directory: Annotated[Path, typer.Argument(help="a folder that `compress` wrote")],
+    threads: Annotated[int, typer.Option(min=1, help="threads of PyTorch and of packed layers")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="batch size")] = 1,
+    keep_slower: Annotated[bool, typer.Option("--keep-slower", help="also layers that are slower when packed")] = False,
+    seconds: Annotated[float, typer.Option(min=0.01, help="time per layer")] = 0.2,
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
+) -> None:
+    """Execute the layers of a result as they were compressed, and show which are faster so."""
+    from featherweight import commands
+
+    found = commands.accelerate(directory, threads=threads, batch=batch, keep_slower=keep_slower, seconds=seconds)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        commands.show_accelerated(found)
+
+
 if __name__ == "__main__":
     main()

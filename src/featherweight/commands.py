@@ -7,17 +7,20 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from featherweight import catalogue, coding, figures, pipeline, running, sources
+from featherweight import catalogue, coding, figures, pipeline, running, runtime, sources
 from featherweight import export as exporting
 from featherweight import report as pages
 from featherweight.core import progress
+from featherweight.core.ledger import recording
 from featherweight.core.task import Task, evaluate
 from featherweight.core.wired import Wired
 from featherweight.errors import BadData, BadOption, FormatError, unknown
@@ -149,7 +152,6 @@ def unpack(file: Path, onnx: Path | None, weights: Path | None, into: str | None
 
 def example(described: Mapping[str, Any]) -> Any:
     """Example inputs from the shapes and types that a file states: {"args": [...], "kwargs": {...}}."""
-    import torch
 
     def made(one: Mapping[str, Any]) -> torch.Tensor:
         kind = getattr(torch, one["dtype"])
@@ -194,6 +196,26 @@ def bench(directory: Path, *, threads: int, batches: Sequence[int], seconds: flo
             exporting.onnx(original, files["original"], example_inputs=inputs)
         rows = figures.latency(original, result, inputs, files, batches=batches, threads=threads, seconds=seconds)
     return [asdict(row) for row in rows]
+
+
+def accelerate(directory: Path, *, threads: int, batch: int, keep_slower: bool, seconds: float) -> dict[str, Any]:
+    """Packs the layers of a result where that is faster: rows a layer, why others stay, and times of whole networks."""
+    built = rebuilt(directory, read_report(directory))
+    if built is None:
+        raise BadData(
+            f"{directory} was made from a model or data without a name: call featherweight.accelerate on what you load"
+        )
+    original, result, task = built
+    args, kwargs = figures.batched(task.inputs(), batch)
+    with figures.threads_of_torch(threads), recording() as ledger, torch.no_grad():
+        fast = runtime.accelerate(result, (args, kwargs), keep_slower=keep_slower, seconds=seconds)
+        calls = {"original": original, "result": result, "accelerated": fast}
+        timed = figures.compare(
+            {name: partial(model, *args, **kwargs) for name, model in calls.items()},
+            runtime="torch", batch=batch, threads=threads, seconds=5 * seconds,
+        )  # fmt: skip
+    layers = [asdict(row) for row in runtime.executed(fast)]
+    return {"layers": layers, "left": ledger.skipped, "notes": ledger.notes, "network": [asdict(row) for row in timed]}
 
 
 # --- showing ----------------------------------------------------------------------------------------------------------
@@ -319,6 +341,17 @@ def _wiring_told(wiring: Mapping[str, Any]) -> str:
         for dtype, shape, free, *_ in wiring["inputs"]
     ]
     return f"yes, {layers} calls of layers, {len(wiring['steps']) - layers} of operators; takes {', '.join(inputs)}"
+
+
+def show_accelerated(found: Mapping[str, Any]) -> None:
+    """Layers that have a packed form, why the others stay, and the whole network."""
+    if found["layers"]:
+        show_latency(found["layers"])
+    for path, reason in found["left"].items():
+        console.print(f"{path}: {reason}", highlight=False)
+    for note in found["notes"]:
+        console.print(note, highlight=False)
+    show_latency(found["network"])
 
 
 def show_latency(rows: list[dict[str, Any]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -133,10 +133,29 @@ def _scalable_before(node: fx.Node, names: dict[str, str], owners: dict[str, lis
     return layer
 
 
-def signs_behind(model: nn.Module, example_inputs: Any) -> dict[str, str]:
-    """Layers whose output only a batch norm reads, of which only `>= 0` is read: its path by the layer's.
+@dataclass(frozen=True)
+class SignsBehind:
+    """What stands between a layer and the signs that alone are read of it: a batch norm, then `steps`.
 
-    What keeps signs may stand between: clipping around zero, pooling by maxima, movement. The model holds no forms.
+    The signs are those of the result itself, or of its difference to the shift of each of the `readers`, which are
+    layers that take signs of their input.
+    """
+
+    norm: str
+    steps: tuple[tuple[str, tuple[float, float]], ...]
+    readers: tuple[str, ...]
+
+    def between(self, value: Tensor) -> Tensor:
+        """What the steps make of a value: cut off at two limits."""
+        for _, (low, high) in self.steps:
+            value = value.clamp(low, high)
+        return value
+
+
+def signs_behind(model: nn.Module, example_inputs: Any) -> dict[str, SignsBehind]:
+    """Layers whose output only a batch norm reads, of which only signs are read, by path. The model holds no forms.
+
+    What keeps the order of values may stand between: rectifiers and clipping, pooling by maxima, movement.
 
     Raises:
         TraceError: the model cannot be traced.
@@ -144,38 +163,83 @@ def signs_behind(model: nn.Module, example_inputs: Any) -> dict[str, str]:
     program = trace(model, example_inputs)
     names, owners = graph_inputs(program).tensors, _owners(model)
     paths = {id(module): path for path, module in model.named_modules()}
-    found: dict[str, str] = {}
+    found: list[tuple[str, SignsBehind]] = []
     for node in program.graph.nodes:
         norm = _norm_of(node, names, owners)
-        if norm is None or altered(norm) or not _only_signs(node):
-            continue
-        layer = _layer_before(node, names, owners)
-        if isinstance(layer, nn.Module) and paths[id(layer)] not in found:
-            found[paths[id(layer)]] = paths[id(norm)]
-    norms = list(found.values())
-    return {layer: norm for layer, norm in found.items() if norms.count(norm) == 1}
+        if norm is not None and not altered(norm):
+            behind = _behind(model, names, paths[id(norm)], _signs(node, _Seen()))
+            layer = _layer_before(node, names, owners)
+            if behind is not None and isinstance(layer, nn.Module):
+                found.append((paths[id(layer)], behind))
+    layers, norms = [layer for layer, _ in found], [behind.norm for _, behind in found]
+    return {layer: behind for layer, behind in found if layers.count(layer) == norms.count(behind.norm) == 1}
 
 
-KEEPING_SIGNS = {
-    *("detach", "clone", "contiguous", "alias", "dropout", "max_pool1d", "max_pool2d"),
-    *("view", "reshape", "_unsafe_view", "flatten", "permute", "transpose", "squeeze", "unsqueeze"),
-}
+KEEPING = {"detach", "clone", "contiguous", "alias", "dropout", "max_pool1d", "max_pool2d"}
+MOVING = {"view", "reshape", "_unsafe_view", "flatten", "permute", "transpose", "squeeze", "unsqueeze"}
+CUTTING = {"relu", "hardtanh", "clamp"}
+FORM_SHIFT = ".fw_input.shift"  # of the form that takes signs of a layer's input
 
 
-def _only_signs(node: fx.Node) -> bool:
-    """Whether all that is read of a node is which values are at least zero."""
-    return bool(node.users) and all(_reads_signs(user) for user in node.users)
+@dataclass(frozen=True)
+class _Seen:
+    """What stands between a norm and a sign: whether channels moved, where values were cut off, what is subtracted."""
+
+    moved: bool = False
+    steps: tuple[tuple[str, tuple[float, float]], ...] = ()
+    shift: fx.Node | None = None
 
 
-def _reads_signs(node: fx.Node) -> bool:
-    name = operator_name(node) if node.op == "call_function" else ""
-    if name == "ge":
-        return len(node.args) == 2 and bool(node.args[1] == 0)
-    if name in ("hardtanh", "clamp"):
-        limits: list[Any] = [*node.args[1:], *(-1.0, 1.0)[len(node.args) - 1 :]]
-        around = all(isinstance(limit, (int, float)) for limit in limits) and limits[0] < 0 <= limits[1]
-        return around and not node.kwargs and _only_signs(node)
-    return name in KEEPING_SIGNS and _only_signs(node)
+def _signs(node: fx.Node, seen: _Seen) -> list[_Seen] | None:
+    """The ways to every sign that is taken of a node; None if anything else is read of it."""
+    found: list[_Seen] = []
+    for user in node.users:
+        name = operator_name(user) if user.op == "call_function" else ""
+        inner: list[_Seen] | None = None
+        if name == "ge" and len(user.args) == 2 and user.args[1] == 0:
+            inner = [seen]
+        elif name == "sub" and seen.shift is None and user.args[0] is node and isinstance(user.args[1], fx.Node):
+            inner = _signs(user, replace(seen, shift=user.args[1]))
+        elif name in KEEPING or name in MOVING:
+            inner = _signs(user, replace(seen, moved=seen.moved or name in MOVING))
+        elif name in CUTTING and seen.shift is None and (limits := _limits(user)) is not None:
+            inner = _signs(user, replace(seen, steps=(*seen.steps, (name, limits))))
+        if inner is None:
+            return None
+        found += inner
+    return found or None
+
+
+def _limits(node: fx.Node) -> tuple[float, float] | None:
+    """Where an operator cuts values off; None if it says so in another way than by two numbers."""
+    if operator_name(node) == "relu":
+        return 0.0, float("inf")
+    limits: list[Any] = [*node.args[1:], *(-1.0, 1.0)[len(node.args) - 1 :]]
+    low, high = limits
+    plain = isinstance(low, (int, float)) and isinstance(high, (int, float)) and not node.kwargs
+    return (float(low), float(high)) if plain else None
+
+
+def _behind(model: nn.Module, names: dict[str, str], norm: str, signs: list[_Seen] | None) -> SignsBehind | None:
+    """What all signs have in common, None if they differ, or a shift does not stay with its channel."""
+    if signs is None or len({seen.steps for seen in signs}) > 1 or len({seen.shift is None for seen in signs}) > 1:
+        return None
+    readers = []
+    for seen in signs:
+        if seen.shift is not None:
+            source = seen.shift
+            while source.op == "call_function" and operator_name(source) in MOVING:
+                source = source.args[0]  # type: ignore[assignment]
+            name = names.get(source.name, "")
+            if not name.endswith(FORM_SHIFT) or len(source.users) != 1:
+                return None
+            values = model.get_parameter(name)
+            if seen.moved and bool((values != values.flatten()[0]).any()):
+                return None
+            readers.append(name.removesuffix(FORM_SHIFT))
+    behind = SignsBehind(norm, signs[0].steps, tuple(dict.fromkeys(readers)))
+    low, high = (float(behind.between(torch.tensor(sign))) for sign in (-1.0, 1.0))
+    return behind if low < high and (readers or low < 0 <= high) else None
 
 
 @torch.no_grad()

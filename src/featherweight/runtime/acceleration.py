@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from featherweight.allowed import checked
 from featherweight.catalogue import entries, entry
-from featherweight.core.fold import signs_behind
+from featherweight.core.binary import SignInput, SizedSignInput
+from featherweight.core.fold import SignsBehind, signs_behind
 from featherweight.core.forms import activation_form, attach, bake
 from featherweight.core.ledger import note, show, skip
 from featherweight.core.measuring import interleaved
-from featherweight.core.signs import Signs
 from featherweight.core.surgery import Layers, Where, altered, swap, targets
 from featherweight.core.task import as_call
 from featherweight.core.wired import Wired
@@ -80,14 +80,14 @@ def accelerate(
         found = {} if reason else _forms(layer, tried)
         packed = {name: form for name, form in found.items() if isinstance(form, nn.Module)}
         if not packed:
-            skip(path, reason or "; ".join(f"{name}: {told}" for name, told in found.items()))
+            skip(path, reason or _told(found))
             continue
         timed = [_timed(path, name, layer, form, seen[path], seconds) for name, form in packed.items()]
         best = min(timed, key=lambda row: row.ratio)
         rows += [row for row in timed if row is not best]
         rows.append(_decided(model, best, packed[best.executor], keep_slower))
-        if rows[-1].used and path in signs:
-            _fold(model, path, signs[path])
+    for path in {row.path for row in rows if row.used} & signs.keys():
+        _fold(model, path, signs[path])
     show("executors", [asdict(row) for row in rows])
     model._fw_executed = rows  # type: ignore[assignment]
     return model
@@ -134,10 +134,10 @@ def _inputs(
     return seen
 
 
-def _signs(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, str]:
-    """The batch norm behind a layer of which only signs are read, by the layer's path; none in a model without any."""
+def _signs(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, SignsBehind]:
+    """Batch norms behind layers of which only signs are read, by the layer's path; none in a model without any."""
     kinds = {type(module) for module in model.modules()}
-    if Signs not in kinds or not kinds & {nn.BatchNorm1d, nn.BatchNorm2d}:
+    if not kinds & {SignInput, SizedSignInput} or not kinds & {nn.BatchNorm1d, nn.BatchNorm2d}:
         return {}
     try:
         return signs_behind(model, call)
@@ -146,14 +146,35 @@ def _signs(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> di
         return {}
 
 
-def _fold(model: nn.Module, path: str, norm: str) -> None:
-    """Batch norm and signs behind a packed layer become a comparison of its integers."""
-    layer = model.get_submodule(path)
-    if isinstance(layer, (BitLinear, BitConv2d)) and activation_form(layer, "output") is None:
-        with torch.no_grad():
-            layer.fold(model.get_submodule(norm))
-        swap(model, norm, nn.Identity())
-        note(f"{norm} and the signs behind it are integer thresholds of {path}")
+@torch.no_grad()
+def _fold(model: nn.Module, path: str, behind: SignsBehind) -> None:
+    """Batch norm and signs behind a packed layer become a comparison of its integers; shifts behind it are taken in."""
+    layer, norm = model.get_submodule(path), model.get_submodule(behind.norm)
+    shifts = [_shift(model.get_submodule(reader)) for reader in behind.readers]
+    same = all(torch.equal(shift, shifts[0]) for shift in shifts)
+    if not isinstance(layer, (BitLinear, BitConv2d)) or activation_form(layer, "output") is not None or not same:
+        return
+    ones = (1, 1) if isinstance(norm, nn.BatchNorm2d) else ()
+
+    def value(outputs: Tensor) -> Tensor:
+        normed = behind.between(norm(outputs.view(*outputs.shape, *ones)).view(outputs.shape))
+        if not shifts:
+            return normed
+        return normed - (shifts[0] if len(shifts[0]) == outputs.shape[1] else shifts[0][:1])
+
+    layer.fold(value)
+    for reader in behind.readers:
+        # of +1 and -1, which now leave the layer, what lies between makes two numbers: the larger one is the sign
+        _shift(model.get_submodule(reader)).fill_(float(behind.between(torch.tensor(1.0))))
+    swap(model, behind.norm, nn.Identity())
+    note(f"{behind.norm} and the signs behind it are integer thresholds of {path}")
+
+
+def _shift(reader: nn.Module) -> Tensor:
+    """What a layer of signs compares its inputs with."""
+    form = activation_form(reader, "input")
+    held: Tensor = reader.shift if form is None else form.shift  # type: ignore[assignment]
+    return held
 
 
 def _untouchable(layer: nn.Module) -> str:
@@ -166,6 +187,16 @@ def _untouchable(layer: nn.Module) -> str:
 def _forms(layer: nn.Module, tried: dict[str, Any]) -> dict[str, nn.Module | str]:
     """The packed layer of every executor, or why it has none."""
     return {name: executor(layer) for name, executor in tried.items()}
+
+
+def _told(reasons: dict[str, nn.Module | str]) -> str:
+    """Why no executor has a form, each reason once."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(str(reason), []).append(name)
+    if len(by_reason) == 1:
+        return next(iter(by_reason))
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in by_reason.items())
 
 
 def _timed(path: str, name: str, layer: nn.Module, packed: nn.Module, x: Tensor, seconds: float) -> Executed:

@@ -30,9 +30,13 @@ SPAN = 32  # blocks of outputs whose sums a thread keeps: with ROWS rows 8 kB
 
 
 class Quantizer(NamedTuple):
-    """How a float becomes an integer: by its sign, or as `clamp(round(x * inverse) + zero, low, high) - low`."""
+    """How a float becomes an integer: `clamp(round(x * inverse) + zero, low, high) - low`, or the sign.
+
+    With `sign` it is 1 where the value is at least the `shift` of its channel, else 0.
+    """
 
     sign: bool
+    shift: Any
     inverse: Any
     zero: Any
     low: Any
@@ -69,10 +73,10 @@ class Taps(NamedTuple):
 
 
 @njit(cache=True, nogil=True)
-def level(value: Any, how: Quantizer) -> Any:
+def level(value: Any, channel: int, how: Quantizer) -> Any:
     """The unsigned integer of a value."""
     if how.sign:
-        return np.int32(value >= 0)
+        return np.int32(value >= how.shift[channel])
     return np.int32(min(max(np.rint(value * how.inverse) + how.zero, how.low), how.high) - how.low)
 
 
@@ -86,7 +90,7 @@ def pack_rows(x: Any, how: Quantizer, words: Any, first: int, last: int) -> None
             for i in range(bits):
                 word = np.uint64(0)
                 for c in range(min(WORD, x.shape[1] - start)):
-                    word |= np.uint64((level(x[n, start + c], how) >> i) & 1) << np.uint64(c)
+                    word |= np.uint64((level(x[n, start + c], start + c, how) >> i) & 1) << np.uint64(c)
                 words[n, i, w] = word
 
 
@@ -106,11 +110,12 @@ def pack_images(x: Any, how: Quantizer, words: Any, origin: tuple[int, int], fir
             count = min(PIECE, height * width - start)
             held[:] = 0
             for c in range(min(WORD, channels - w * WORD)):
-                values = flat[w * WORD + c, start : start + count]
+                channel = w * WORD + c
+                values = flat[channel, start : start + count]
                 for i in range(bits):
                     row = held[i]
                     for j in range(count):
-                        row[j] |= np.uint64((level(values[j], how) >> i) & 1) << np.uint64(c)
+                        row[j] |= np.uint64((level(values[j], g * channels + channel, how) >> i) & 1) << np.uint64(c)
             for i in range(bits):
                 for j in range(count):
                     y, at = (start + j) // width, (start + j) % width

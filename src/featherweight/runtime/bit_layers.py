@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, final
@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from featherweight.core.binary import SignInput, SizedSignInput, channel_dim, spread
+from featherweight.core.forms import activation_form
+from featherweight.core.thresholds import integer_thresholds
 from featherweight.errors import BadData
 from featherweight.runtime import bit_kernels
 from featherweight.runtime.bit_kernels import Numbers, Quantizer, Taps
@@ -49,10 +52,10 @@ def inference_only(x: Tensor, module: nn.Module) -> Tensor:
     return x.detach()
 
 
-def as_float32(x: Tensor, sign: bool) -> Tensor:
-    """float32 values with the same levels: signs are taken before rounding, which could make -0 of a tiny number."""
-    if x.dtype == torch.float64 and sign:
-        x = torch.where(x >= 0, 1.0, -1.0)
+def as_float32(x: Tensor, levels: Levels, shift: Tensor) -> Tensor:
+    """float32 values with the same levels: wider numbers are compared before they are rounded."""
+    if x.dtype == torch.float64 and levels.sign:
+        x = torch.where(x - shift >= 0, torch.inf, -torch.inf)
     return x.float().contiguous()
 
 
@@ -68,11 +71,14 @@ class BitLinear(nn.Module):
 
     lanes: Tensor
     base: Tensor
+    shift: Tensor
 
     def __init__(self, digits: Digits, levels: Levels, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = digits.q.shape
         self.levels, self.bits = levels, digits.bits
+        self.sized: SizedSignInput | None = None
+        self.register_buffer("shift", torch.zeros(self.in_features))
         whole = -self.out_features % LANES  # outputs that fill the last block, and are left out when it is written
         digits = Digits(
             F.pad(digits.q, (0, 0, 0, whole)),
@@ -89,9 +95,9 @@ class BitLinear(nn.Module):
         base = _base(self.ends.xor, digits.q.sum(1, keepdim=True), ones, self.in_features, digits.z, levels.z)
         self.register_buffer("base", base[:, 0])
 
-    def fold(self, norm: nn.Module) -> None:
-        """Signs behind this batch norm leave the layer from now on, see `Ends.fold`."""
-        self.ends.fold(norm, (1, self.out_features), most(self.in_features, self.bits, self.levels.bits))
+    def fold(self, value: Callable[[Tensor], Tensor]) -> None:
+        """Signs of values of the outputs leave the layer from now on, see `Ends.fold`."""
+        self.ends.fold(value, self.out_features, most(self.in_features, self.bits, self.levels.bits))
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, weight {self.bits} bit, input {self.levels.bits} bit"
@@ -100,7 +106,8 @@ class BitLinear(nn.Module):
         plain = inference_only(x, self)
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise BadData(f"a BitLinear of {self.in_features} inputs was given a tensor of shape {tuple(x.shape)}")
-        flat = as_float32(plain, self.levels.sign).reshape(-1, self.in_features)
+        _put_aside(self, plain)
+        flat = as_float32(plain, self.levels, self.shift).reshape(-1, self.in_features)
         out = torch.empty(len(flat), self.out_features)
         if out.numel():
             self._multiply(self._packed(flat), out.numpy())
@@ -108,7 +115,7 @@ class BitLinear(nn.Module):
 
     def _packed(self, x: Tensor) -> Any:
         words = np.empty((len(x), self.levels.bits, self.lanes.shape[2]), dtype=np.uint64)
-        work = partial(bit_kernels.pack_rows, x.numpy(), quantizer(self.levels), words)
+        work = partial(bit_kernels.pack_rows, x.numpy(), quantizer(self.levels, self.shift), words)
         divided(work, len(x), x.numel() * self.levels.bits / PACKED)
         return words
 
@@ -133,11 +140,14 @@ class BitConv2d(nn.Module):
     rows: Tensor
     totals: Tensor
     z: Tensor
+    shift: Tensor
 
     def __init__(self, digits: Digits, levels: Levels, layer: nn.Conv2d) -> None:
         super().__init__()
         self.out_channels, self.in_channels, self.groups = layer.out_channels, layer.in_channels, layer.groups
         self.levels, self.bits, self.padding_mode = levels, digits.bits, layer.padding_mode
+        self.sized: SizedSignInput | None = None
+        self.register_buffer("shift", torch.zeros(self.in_channels))
         around = tuple(layer._reversed_padding_repeated_twice)  # (left, right, top, bottom)
         self.padding, self.kernel = (around if any(around) else (0, 0, 0, 0)), tuple(layer.kernel_size)
         self.stride, self.dilation = tuple(layer.stride), tuple(layer.dilation)
@@ -147,10 +157,10 @@ class BitConv2d(nn.Module):
         self.register_buffer("z", digits.z.clone())
         self.ends = Ends(digits, levels, layer.bias)
 
-    def fold(self, norm: nn.Module) -> None:
-        """Signs behind this batch norm leave the layer from now on, see `Ends.fold`."""
+    def fold(self, value: Callable[[Tensor], Tensor]) -> None:
+        """Signs of values of the outputs leave the layer from now on, see `Ends.fold`."""
         terms = self.in_channels // self.groups * self.totals.shape[1]
-        self.ends.fold(norm, (1, self.out_channels, 1, 1), most(terms, self.bits, self.levels.bits))
+        self.ends.fold(value, self.out_channels, most(terms, self.bits, self.levels.bits))
 
     def extra_repr(self) -> str:
         shape = f"{self.in_channels}, {self.out_channels}, kernel {self.kernel}, groups {self.groups}"
@@ -160,6 +170,7 @@ class BitConv2d(nn.Module):
         plain = inference_only(x, self)
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
             raise BadData(f"a BitConv2d of {self.in_channels} channels was given a tensor of shape {tuple(x.shape)}")
+        _put_aside(self, plain)
         images = plain if x.dim() == 4 else plain[None]
         around = self.padding
         if self.padding_mode != "zeros":
@@ -167,7 +178,7 @@ class BitConv2d(nn.Module):
         places = places_of(tuple(images.shape[2:]), self.kernel, self.stride, around, self.dilation)
         out = torch.empty(len(images), self.out_channels, *places.shape)
         if out.numel():
-            packed = self._packed(as_float32(images, self.levels.sign), around)
+            packed = self._packed(as_float32(images, self.levels, spread(self.shift, -3)), around)
             self._multiply(packed, places, out.view(len(out), self.out_channels, -1).numpy())
         return (out if x.dim() == 4 else out[0]).to(x.dtype)
 
@@ -179,7 +190,7 @@ class BitConv2d(nn.Module):
         shape = (n, self.groups, self.levels.bits, deep, height + top + bottom, width + left + right)
         words = np.zeros(shape, dtype=np.uint64)
         grouped = x.view(n, self.groups, channels, height, width).numpy()
-        work = partial(bit_kernels.pack_images, grouped, quantizer(self.levels), words, (top, left))
+        work = partial(bit_kernels.pack_images, grouped, quantizer(self.levels, self.shift), words, (top, left))
         divided(work, n * self.groups * deep, x.numel() * self.levels.bits / PACKED)
         return words.reshape(*shape[:4], -1)
 
@@ -266,32 +277,17 @@ class Ends(nn.Module):
         self.register_buffer("threshold", torch.zeros(0, dtype=torch.int32))
         self.register_buffer("direction", torch.zeros(0, dtype=torch.int32))
 
-    def fold(self, norm: nn.Module, shape: tuple[int, ...], most: int) -> None:
-        """Puts batch norm and `>= 0` into one comparison of integers; from then on +1 and -1 leave the layer.
-
-        Where the norm's factor is negative, large products become -1. The norm itself says for which integers it is
-        at least zero, so that the signs are those of its own roundings. What it gives rises or falls with the product,
-        so the first integer is found by bisection.
+    def fold(self, value: Callable[[Tensor], Tensor], outputs: int, most: int) -> None:
+        """Puts what follows and `>= 0` into one comparison of integers; from then on +1 and -1 leave the layer.
 
         Args:
-            shape: of a batch of one, one value for each output.
-            most: no product is larger than this.
+            value: what becomes of the layer's results (n, outputs) before their sign is taken; it rises or falls.
+            most: no product of integers is larger than this.
         """
-
-        def above(products: Tensor) -> Tensor:
-            values = products.float() * self.scale[: len(products)] + self.bias[: len(products)]
-            return norm(values.view(shape)).flatten() >= 0
-
-        limit = torch.full((math.prod(shape),), most, dtype=torch.int64)
-        rising, falling = above(limit), above(-limit)
-        direction = torch.where(falling & ~rising, -1, 1)
-        low, high = -limit, limit + torch.where(rising | falling, 0, 1)  # the first is in low..high; beyond it none is
-        while bool((low < high).any()):
-            middle = torch.div(low + high, 2, rounding_mode="floor")
-            reached = above(direction * middle)
-            low, high = torch.where(reached, low, (middle + 1).minimum(high)), torch.where(reached, middle, high)
-        filled = (0, len(self.scale) - len(high))  # outputs that fill the last block of a linear layer
-        self.threshold, self.direction = F.pad(high.int(), filled), F.pad(direction.int(), filled)
+        scale, bias = self.scale[:outputs], self.bias[:outputs]
+        found = integer_thresholds(lambda products: value(products * scale + bias), outputs, -most, most)
+        filled = (0, len(self.scale) - outputs)  # outputs that fill the last block of a linear layer
+        self.threshold, self.direction = (F.pad(t.int(), filled) for t in (found.threshold, found.direction))
 
     def numbers(self, base: Tensor) -> Numbers:
         """As the kernels read them."""
@@ -319,10 +315,10 @@ def _base(xor: bool, totals: Tensor, inside: Tensor, channels: int, z_weight: Te
     return (values * z_input * z_weight[:, None] - 2 * z_input * counted).int().contiguous()
 
 
-def quantizer(levels: Levels) -> Quantizer:
+def quantizer(levels: Levels, shift: Tensor) -> Quantizer:
     """As the kernels read it."""
     numbers = (np.float32(v) for v in (levels.inverse, levels.zero, levels.low, levels.high))
-    return Quantizer(levels.sign, *numbers)
+    return Quantizer(levels.sign, shift.float().numpy(), *numbers)
 
 
 def _stored(words: Any) -> Tensor:
@@ -334,8 +330,25 @@ def _words(tensor: Tensor) -> Any:
     return tensor.numpy().view(np.uint64)
 
 
+def _put_aside(layer: BitLinear | BitConv2d, x: Tensor) -> None:
+    """Leaves the mean sizes of the input for the form on the output of the same call, as the form itself does."""
+    if layer.sized is not None:
+        layer.__dict__["_fw_aside"] = layer.sized.size(x - spread(layer.shift, layer.sized.dim))
+
+
 def packed(layer: nn.Module, digits: Digits, levels: Levels) -> BitLinear | BitConv2d | str:
-    """The packed form of a Linear or Conv2d, or why there is none."""
+    """The packed form of a Linear or Conv2d with these integers, or why there is none."""
+    made = _packed(layer, digits, levels)
+    form = activation_form(layer, "input")
+    if isinstance(made, nn.Module) and isinstance(form, (SignInput, SizedSignInput)):
+        if form.shift.shape != made.shift.shape or form.dim != channel_dim(layer):
+            return "the shifts of its input are not those of its channels"
+        made.shift.copy_(form.shift.detach())
+        made.sized = form if isinstance(form, SizedSignInput) else None
+    return made
+
+
+def _packed(layer: nn.Module, digits: Digits, levels: Levels) -> BitLinear | BitConv2d | str:
     terms = digits.q[0].numel() if len(digits.q) else 0
     if terms == 0:
         return "it has no weights"

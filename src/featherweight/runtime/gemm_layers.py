@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from featherweight.errors import BadData
 from featherweight.runtime.bit_kernels import Quantizer, level
-from featherweight.runtime.bit_layers import as_float32, inference_only, quantizer
+from featherweight.runtime.bit_layers import inference_only, quantizer
 from featherweight.runtime.integers import Levels
 from featherweight.runtime.threads import divided
 
 MOST_TERMS = 2**31 // (255 * 256)  # products of bytes whose sum fits 32 bits
+NOWHERE = torch.zeros(0)  # no signs, no shift
 HANDLED = 2000.0  # values that one thread takes to bytes, or back, in a microsecond
 
 
@@ -26,7 +27,7 @@ def to_bytes(x: Any, how: Quantizer, out: Any, first: int, last: int) -> None:
     for n in range(first, last):
         given, found = x[n], out[n]
         for k in range(given.size):
-            found[k] = np.uint8(level(given[k], how))
+            found[k] = np.uint8(level(given[k], k, how))
 
 
 @njit(cache=True, nogil=True)
@@ -71,7 +72,7 @@ class ByteLinear(nn.Module):
         plain = inference_only(x, self)
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise BadData(f"a ByteLinear of {self.in_features} inputs was given a tensor of shape {tuple(x.shape)}")
-        flat = as_float32(plain, self.levels.sign).reshape(-1, self.in_features)
+        flat = plain.float().contiguous().reshape(-1, self.in_features)
         out = torch.empty(len(flat), self.out_features)
         if out.numel():
             sums = torch._int_mm(self._bytes(flat), self.weight)
@@ -81,7 +82,7 @@ class ByteLinear(nn.Module):
 
     def _bytes(self, x: Tensor) -> Tensor:
         out = torch.empty(x.shape, dtype=torch.uint8)
-        divided(partial(to_bytes, x.numpy(), quantizer(self.levels), out.numpy()), len(x), x.numel() / HANDLED)
+        divided(partial(to_bytes, x.numpy(), quantizer(self.levels, NOWHERE), out.numpy()), len(x), x.numel() / HANDLED)
         return out
 
 

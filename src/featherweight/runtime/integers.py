@@ -11,16 +11,19 @@ from functools import singledispatch
 import torch
 from torch import Tensor
 
+from featherweight.core.binary import SignInput, SizedSignInput
 from featherweight.core.forms import Affine, Codes, Form
 from featherweight.core.grids import ActivationGrid
-from featherweight.core.signs import Signs
 
 MOST_BITS = 8
 
 
 @dataclass(frozen=True)
 class Levels:
-    """How activations become integers: by their sign, or `clamp(round(x * inverse) + zero, low, high) - low`."""
+    """How activations become integers: 1 from a shift on, or `clamp(round(x * inverse) + zero, low, high) - low`.
+
+    The shifts, one for each channel, are with the layer.
+    """
 
     bits: int
     z: int
@@ -60,9 +63,10 @@ def levels(form: Form | None) -> Levels | str:
     return f"a {type(form).__name__} on its input is no grid of a few bits"
 
 
-@levels.register
-def _(form: Signs) -> Levels | str:
-    return Levels(1, 1, float(form.scale), sign=True)
+@levels.register(SignInput)
+@levels.register(SizedSignInput)
+def _(form: SignInput | SizedSignInput) -> Levels | str:
+    return Levels(1, 1, 1.0, sign=True)
 
 
 @levels.register
