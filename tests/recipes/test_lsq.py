@@ -15,13 +15,20 @@ from conftest import small_cnn, small_task
 from featherweight.catalogue import entry
 from featherweight.core.blueprint import blueprint, conform
 from featherweight.core.fit import fit
-from featherweight.core.forms import Mask, activation_form, attach, bake, codes_of, forms_of
+from featherweight.core.forms import Form, Mask, activation_form, attach, bake, codes_of, forms_of
 from featherweight.core.grids import ActivationGrid, Seen
 from featherweight.core.site import Site
 from featherweight.core.task import Task, evaluate
 from featherweight.errors import BadOption
 from featherweight.export import onnx
-from featherweight.ingredients.grid.lsq import LearnedActivations, LearnedWeights, lsq_acts, lsq_tensor, lsq_weights
+from featherweight.ingredients.grid.lsq import (
+    LearnedActivations,
+    LearnedWeights,
+    lsq_acts,
+    lsq_acts_mean,
+    lsq_tensor,
+    lsq_weights,
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +81,21 @@ def test_the_start(bits: int) -> None:
     assert isinstance(form, LearnedWeights)
     torch.testing.assert_close(form.step.detach(), 2 * weight.abs().mean() / math.sqrt(high))
     assert (form.low, form.high) == ((-127, 127) if bits == 8 else (-high - 1, high))
+
+
+def test_activations_start_at_the_step_of_least_squared_error() -> None:
+    seen, x = Seen(), torch.randn(4000).relu()
+    seen(x)
+    for bits in (2, 4, 8):
+        best, mean = lsq_acts(seen, bits), lsq_acts_mean(seen, bits)
+
+        def error(form: Form, scale: float = 1.0) -> float:
+            assert isinstance(form, LearnedActivations)
+            moved = LearnedActivations(form.step.item() * scale, form.low, form.high)
+            return (moved(x) - x).square().mean().item()
+
+        assert error(best) <= error(mean)
+        assert all(error(best) <= error(best, scale) for scale in (0.8, 0.9, 1.1, 1.25))
 
 
 def test_activations_below_zero_have_signed_integers() -> None:

@@ -48,7 +48,7 @@ def binaryconnect(
     without one needs it); weights, their clipping and learning rate are in these units, which is what the paper's
     scaling of learning rates by Glorot's coefficients amounts to. With a mask the scale is that of the surviving
     weights. The result has signs in both modes, where the paper tests float weights after stochastic training; the
-    statistics of batch norms are taken anew after it. No dropout, no squared hinge loss unless the task brings them.
+    running statistics of batch norms are taken anew. No dropout, no squared hinge loss unless the task brings them.
     Executed as int8 weights by the ONNX file.
 
     Args:
@@ -72,4 +72,4 @@ def binaryconnect(
     note(f"{len(found)} layers of {'drawn ' if stochastic else ''}signs")
     task.fit(model, task, epochs=epochs, lr=lr, optimizer=optimizer, step=step, label="train on signs",
              after_step=lambda progress: clip(found.values()))  # fmt: skip
-    return settle_norms(model, task) if stochastic and epochs else model
+    return settle_norms(model, task) if epochs else model

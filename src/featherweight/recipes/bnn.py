@@ -15,6 +15,7 @@ from featherweight.core.binary import SignInput, Start, channel_dim, clip, const
 from featherweight.core.fit import Optimizers
 from featherweight.core.forms import attach, take_off
 from featherweight.core.ledger import note
+from featherweight.core.norms import settle_norms
 from featherweight.core.site import Site, sites
 from featherweight.core.surgery import WhereLinearOrConv2d
 from featherweight.core.task import Task
@@ -57,7 +58,8 @@ def bnn(
     behind the layer absorbs it) and in which units weights are clipped, which amounts to the learning rates of the
     paper (scaled by Glorot's coefficients); a bias takes over the mean of the input. Batch norms stay ordinary ones,
     the paper's shift-based batch norm is not there; its shift-based AdaMax is (`optimizer="shift_adamax"`). The default
-    is Adam. Zero padding adds zeros to the sum, not signs. Exported as float operators.
+    is Adam. Zero padding adds zeros to the sum, not signs. After the
+    training the running statistics of batch norms are taken anew. Exported as float operators.
 
     Args:
         keep_first_last: leave the first and the last layer that run in float (the paper does not).
@@ -86,8 +88,9 @@ def bnn(
 
     kind: Any = shift_adamax if optimizer == "shift_adamax" else optimizer
     note(f"{len(inner)} layers of signs in and out, {len(first)} of signs that reads 8 bits")
-    return task.fit(model, task, epochs=epochs, lr=lr, optimizer=kind, step=step, label="train on signs",
-                    after_step=lambda progress: clip(found.values()))  # fmt: skip
+    task.fit(model, task, epochs=epochs, lr=lr, optimizer=kind, step=step, label="train on signs",
+             after_step=lambda progress: clip(found.values()))  # fmt: skip
+    return settle_norms(model, task) if epochs else model
 
 
 def binarize(model: nn.Module, site: Site, start: Start) -> None:

@@ -25,6 +25,7 @@ from featherweight.core.binary import (
 from featherweight.core.fit import Optimizers
 from featherweight.core.forms import Form, attach
 from featherweight.core.ledger import note
+from featherweight.core.norms import settle_norms
 from featherweight.core.site import Site, channel_axis, sites
 from featherweight.core.surgery import WhereLinearOrConv2d
 from featherweight.core.task import Task
@@ -64,9 +65,10 @@ def horq(
     Departs from the paper: training starts from the network that is given, not from scratch, in the order of its own
     layers; the input is taken less a trained shift per channel, which starts at the mean that calibration saw (see
     `xnor_net`). Gradients are those of the forward pass with signs of the slope of a clipped line, in every order.
-    Padding is zero in every order. Residuals differ from column to column, so a convolution reads its columns laid out
-    side by side: it gets the stride of its kernel and no padding. Simulated: sums of signs are exported as float
-    operators; packed signs would execute `order` products a layer.
+    Padding is zero in every order. After the training the running statistics of batch norms are taken anew. Residuals
+    differ from column to column, so a convolution reads its columns laid out side by side: it gets the stride of its
+    kernel and no padding. Simulated: sums of signs are exported as float operators; packed signs would execute `order`
+    products a layer.
 
     Args:
         order: how many signs make up an input.
@@ -88,7 +90,8 @@ def horq(
     for site in found.values():
         binarize(model, site, starts[site.path], order)
     note(f"{len(found)} layers of signs, inputs of order {order}")
-    return task.fit(model, task, epochs=epochs, lr=lr, optimizer=optimizer, step=step, label="train on signs")
+    task.fit(model, task, epochs=epochs, lr=lr, optimizer=optimizer, step=step, label="train on signs")
+    return settle_norms(model, task) if epochs else model
 
 
 def binarize(model: nn.Module, site: Site, start: Start, order: int) -> None:

@@ -13,6 +13,7 @@ from featherweight.core.fit import Optimizers
 from featherweight.core.forms import Form, activation_forms
 from featherweight.core.grids import ActivationGrid, Seen
 from featherweight.core.ledger import note
+from featherweight.core.norms import settle_norms
 from featherweight.core.site import PerLayer
 from featherweight.core.surgery import WhereLinearOrConv2d
 from featherweight.core.task import Batch, Task, loss_of, run
@@ -54,7 +55,8 @@ def pact(
     Departs from the paper: alpha starts where calibration says (the paper: 10), at the end of the grid of least squared
     error; training starts from the network that is given, with Adam. The penalty is a number of its own (the paper uses
     the weight decay's). Inputs that go below zero, which a network has where no ReLU stands before a layer, are clipped
-    to `[-alpha, alpha]` on signed integers. Afterwards each alpha is a fixed grid, which file and ONNX read.
+    to `[-alpha, alpha]` on signed integers. Afterwards the running statistics of batch norms are taken
+    anew, and each alpha is a fixed grid, which file and ONNX read.
 
     Args:
         weight_bits: bits of a weight; or layer patterns with bits each.
@@ -88,7 +90,7 @@ def pact(
     task.fit(model, task, epochs=epochs, lr=lr, optimizer=optimizer, step=step, label="train on the grids")
     moved = [f"{before:.3g} -> {float(alpha.detach()):.3g}" for before, alpha in zip(start, alphas, strict=True)]
     note("alpha, layer by layer: " + ", ".join(moved))
-    return model
+    return settle_norms(model, task) if epochs else model
 
 
 def clipped(seen: Seen, bits: int) -> Form:

@@ -18,6 +18,7 @@ from featherweight.core.binary import (
 from featherweight.core.fit import Optimizers
 from featherweight.core.forms import attach, take_off
 from featherweight.core.ledger import note
+from featherweight.core.norms import settle_norms
 from featherweight.core.site import Site, channel_axis, sites
 from featherweight.core.surgery import WhereLinearOrConv2d
 from featherweight.core.task import Task
@@ -78,7 +79,8 @@ def xnor_net(
     for path, site in found.items():
         binarize(model, site, starts[path])
     note(f"{len(found)} layers of signs, with a size for every filter and every place")
-    return task.fit(model, task, epochs=epochs, lr=lr, optimizer=optimizer, step=step, label="train on signs")
+    task.fit(model, task, epochs=epochs, lr=lr, optimizer=optimizer, step=step, label="train on signs")
+    return settle_norms(model, task) if epochs else model
 
 
 def binarize(model: nn.Module, site: Site, start: Start) -> None:

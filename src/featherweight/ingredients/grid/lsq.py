@@ -11,10 +11,13 @@ and s starts at `2 E|v| / sqrt(Q_P)`. Training starts from the float network, wi
 layer have 8 bits.
 
 Departs from the paper: weights have one step per output channel (the paper: one a layer, `weights="lsq_tensor"`), and
-8 bits leave out -128, which integer kernels need not have; activations start from what calibration saw of the float
-network, not from the first batch; momentum is Nesterov's and the weight decay 5e-4 at every number of bits, and 10
-epochs are the default (the paper: 90, with less decay at fewer bits). Activations that go below zero have signed
-integers. With a mask, the steps start from the surviving weights.
+8 bits leave out -128, which integer kernels need not have. Activations start from what calibration saw of the float
+network, not from the first batch, at the step of least squared error (`acts="lsq_acts_mean"` is the paper's start: at
+2 bits and after 94 steps of 128 images, one seed, a ResNet-20 of half width had 89.0 % on Fashion-MNIST with it, 90.7 %
+with ours). Momentum is Nesterov's, the weight decay 5e-4 at every number of bits, and 10 epochs are the default (the
+paper: 90, with less decay at fewer bits). Activations that go below zero have signed integers. With a mask, the steps
+start from the surviving weights. Executed by integer runtimes as int8: symbols of fewer bits make the file smaller,
+not the arithmetic, unless packed kernels take them.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from featherweight.core.grids import ActivationGrid, Seen, mean_sizes
 from featherweight.core.site import Site, channel_axis
 from featherweight.errors import BadOption
 
+FRACTIONS = torch.logspace(0, -2, 100)  # of the widest step, the one that reaches the largest activation
 SMALLEST = 1e-18  # no step gets smaller, so that none is zero
 
 
@@ -163,17 +167,42 @@ def _weights(site: Site, bits: int, axis: int | None) -> Form:
 
 @ingredient("range")
 def lsq_acts(seen: Seen, bits: int) -> Form:
-    """A trained step that starts at `2 E|x| / sqrt(Q_P)` of what was seen; unsigned where nothing was below zero.
+    """A trained step that starts at the one of least squared error of what was seen; unsigned if none was below 0.
+
+    >>> seen = Seen()
+    >>> _ = seen(torch.tensor([0.0, 0.5, 1.0, 1.5]))
+    >>> lsq_acts(seen, bits=2).settled().steps()
+    Steps(scale=0.5, zero_point=0, low=0, high=3)
+    """
+    form = _acts(seen, bits)
+    values = seen.sample if seen.parts else torch.zeros(1)
+    steps = values.abs().max() / form.high * FRACTIONS
+    errors = torch.stack([_error(values, step, form.low, form.high) for step in steps])
+    if steps[0] > 0:
+        form.step.data = steps[errors.argmin()]
+    return form
+
+
+@ingredient("range")
+def lsq_acts_mean(seen: Seen, bits: int) -> Form:
+    """The paper's activations: the same, starting at `2 E|x| / sqrt(Q_P)`.
 
     >>> seen = Seen()
     >>> _ = seen(torch.tensor([0.0, 3.0]))
-    >>> grid = lsq_acts(seen, bits=2)
-    >>> grid.settled().steps()
+    >>> lsq_acts_mean(seen, bits=2).settled().steps()
     Steps(scale=1.7320507764816284, zero_point=0, low=0, high=3)
     """
+    return _acts(seen, bits)
+
+
+def _acts(seen: Seen, bits: int) -> LearnedActivations:
     low, high = integers(bits, negative=bool(seen.parts) and seen.low < 0)
     mean = float(torch.cat(seen.parts).abs().mean()) if seen.parts else 0.0
     return LearnedActivations(2 * mean / math.sqrt(high) if mean > 0 else 1.0, low, high)
+
+
+def _error(values: Tensor, step: Tensor, low: int, high: int) -> Tensor:
+    return ((values / step).round().clamp(low, high) * step - values).square().mean()
 
 
 def integers(bits: int, *, negative: bool) -> tuple[int, int]:
