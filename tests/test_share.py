@@ -1,5 +1,7 @@
 """The verb `share`: few values a layer, zeros apart, gradients summed over a value's weights."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,12 +9,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from conftest import small_cnn, small_mlp, small_task
+from featherweight.core.fit import fit
 from featherweight.core.forms import Mask, Table, attach, bake, codes_of, forms_of
 from featherweight.core.ledger import recording
 from featherweight.errors import BadOption, CompressionError, MissingNeed, UnknownName
 from featherweight.ingredients.cluster.lloyd import lloyd
 from featherweight.ingredients.start.starts import density, forgy, linear_span
-from featherweight.share import centroids_of, nearest, share
+from featherweight.share import SoftCodebook, centroids_of, nearest, share
 
 KMEANS = {"cluster": lloyd, "start": linear_span, "epochs": 0}
 
@@ -200,3 +203,44 @@ def test_training_needs_training_data():
     task = small_task()
     with pytest.raises(MissingNeed, match="train"):
         share(small_mlp(), type(task)(valid=task.valid), **{**KMEANS, "epochs": 1})
+
+
+def test_a_cold_soft_assignment_is_the_nearest_value_and_both_learn():
+    weight, centroids = torch.randn(50, requires_grad=True), torch.tensor([-1.0, 0.2, 1.5], requires_grad=True)
+    form = SoftCodebook(centroids)
+    form.cool(0.0)
+    form(weight, centroids).square().sum().backward()
+    assert bool((weight.grad != 0).all())
+    assert bool((centroids.grad != 0).all())
+    form.cool(2.0)  # colder than training ends
+    with torch.no_grad():
+        wanted = centroids[nearest(weight, centroids)]
+        close = (weight[:, None] - centroids).square().sort(1).values.diff(dim=1)[:, 0] > 1e-4
+        torch.testing.assert_close(form(weight, centroids)[close], wanted[close])
+
+
+def test_soft_assignment_lets_weights_change_their_value():
+    model, task = small_mlp(), small_task()
+    fit(model, task, epochs=4, lr=1e-2)
+    hard, soft = copy.deepcopy(model), copy.deepcopy(model)
+    share(hard, task, weight_bits=1, epochs=8, lr=5e-3)
+    share(soft, task, weight_bits=1, epochs=8, lr=5e-3, assignment="soft")
+
+    def loss(one: nn.Module) -> float:
+        with torch.no_grad():
+            return float(torch.stack([task.loss(one(x), y) for x, y in task.train]).mean())
+
+    assert loss(soft) < loss(hard)
+    for layer, other in ((bake(soft)[at], bake(hard)[at]) for at in (1, 3)):
+        assert layer.weight.unique().numel() == 2
+        assert torch.equal(codes_of(layer).decode(), layer.weight)
+        assert not torch.equal(codes_of(layer).symbols, codes_of(other).symbols)
+
+
+def test_soft_assignment_keeps_masks():
+    model, keep = small_mlp(), torch.rand(32, 64) > 0.5
+    attach(model[1], Mask(keep))
+    share(model, small_task(), weight_bits=2, epochs=2, lr=1e-2, assignment="soft")
+    weight = bake(model)[1].weight
+    assert bool((weight[~keep] == 0).all())
+    assert weight.unique().numel() <= 5
