@@ -81,7 +81,8 @@ def hwang_sung(
         output_levels: M of the layer that runs last; as the others when None.
         signal_bits: bits of a hidden signal, the input of a layer; None leaves all signals float.
         input_bits: bits of the input of the layer that runs first.
-        candidates: how many steps are tried for each layer; 1 keeps that of least squares.
+        candidates: how many steps are tried for each layer, a pass over the validation data each; 1 keeps that of least
+            squares.
         calibration_batches: how many batches the grids of the signals are taken from.
         epochs: retraining.
         lr: learning rate at the start.

@@ -193,7 +193,7 @@ def ristretto_dynamic_fixed_point(
     float; the margin is one point of the metric as it is. With a mask, ranges are those of the surviving weights.
 
     Args:
-        widths: the numbers of bits to try, the widest first.
+        widths: the numbers of bits to try, the widest first, a pass over the validation data for each kind and width.
         margin: by how much the metric may fall for each kind of number apart.
         saturation: "noclip" (the largest number is on the grid, to a step), or "reference" (the authors' code, which
             clips activations at about half their largest, and powers of two by a step).
@@ -322,7 +322,7 @@ def ristretto_minifloat(
     norms stay float. With a mask, ranges are those of the surviving weights.
 
     Args:
-        widths: the numbers of bits to try, the widest first.
+        widths: the numbers of bits to try, the widest first, a pass over the validation data for each kind and width.
         margin: by how much the metric may fall for each kind of number apart.
         calibration_batches: how many batches ranges are taken from.
         epochs: fine-tuning.
