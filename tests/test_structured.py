@@ -86,6 +86,32 @@ def test_a_structured_layer_runs_in_an_exported_program():
     torch.testing.assert_close(program(x), layer(x))
 
 
+WORDS = (("circulant", 3), ("hashed", 900, 1 << 40), ("functional", 300, 2, 3, 1), ("toeplitz", 2), ("stein_cauchy", 2))
+
+
+@pytest.mark.parametrize("told", WORDS, ids=lambda told: told[0])
+def test_an_onnx_file_holds_the_free_parameters_and_makes_the_weight_itself(told, tmp_path):
+    dense = nn.Linear(96, 128) if told[0] != "hashed" else nn.Conv2d(16, 64, 3, padding=1)
+    model = nn.Sequential(from_dense(dense, told)).eval()
+    x = torch.randn(2, 96) if told[0] != "hashed" else torch.randn(2, 16, 5, 5)
+    report = fw.export.onnx(model, tmp_path / "a.onnx", example_inputs=x)
+    assert max(report.difference, report.optimized) < 1e-5
+    small = report.bytes < 4 * sum(p.numel() for p in model.parameters()) + 16_384
+    assert small == (told[0] != "stein_cauchy")
+    assert ("made from its free parameters" if small else "written out whole") in report.notes[0]
+
+
+@pytest.mark.parametrize("told", [*WORDS[:4], ("functional", 7, 2, 0, 1), ("hashed", 1_000_003, 5)], ids=str)
+def test_a_matrix_made_without_tables_is_the_same(told):
+    for rows, columns in ((5, 5), (4, 9), (11, 4)):
+        structure = made(told, rows, columns)
+        free = {name: torch.randn(shape) for name, shape in structure.shapes().items()}
+        found = structure.portable(free, torch.ones(1, dtype=torch.int64))
+        if told[0] in ("circulant", "hashed"):
+            assert torch.equal(found, structure.matrix(free))
+        torch.testing.assert_close(found, structure.matrix(free), rtol=1e-4, atol=1e-5)
+
+
 def test_half_precision_runs():
     layer = from_dense(nn.Linear(6, 8).bfloat16(), ("circulant", 1))
     assert layer(torch.randn(3, 6).bfloat16()).dtype == torch.bfloat16

@@ -104,6 +104,10 @@ class ToeplitzLike(Displaced):
         eye = torch.eye(self.columns, dtype=free["left"].dtype, device=free["left"].device)
         return self.product(eye, free).T
 
+    def portable(self, free: Free, one: Tensor) -> Tensor:
+        products = circulant(free["left"], 1) @ circulant(free["right"].flip(-1), -1)
+        return self.joined(0.5 * products.sum(1))
+
     def product(self, x: Tensor, free: Free) -> Tensor:
         (below, beside), n = self.grid, self.n
         eta = root_powers(n, whole(x))
@@ -137,6 +141,9 @@ class MadeWhole(Displaced):
     def matrix(self, free: Free) -> Tensor:
         g, h = whole(free["left"]), whole(free["right"])
         return self.joined(self.solve(g.mT @ h)).to(free["left"].dtype)
+
+    def portable(self, free: Free, one: Tensor) -> None:
+        return None
 
     def product(self, x: Tensor, free: Free) -> Tensor:
         return F.linear(x, self.matrix(free))
@@ -293,6 +300,14 @@ def root_powers(n: int, like: Tensor) -> Tensor:
     """`exp(i pi k / n)` for k below n: multiplied by these, a shift that turns signs is one that does not."""
     angles = torch.arange(n, dtype=like.dtype, device=like.device) * (math.pi / n)
     return torch.polar(torch.ones_like(angles), angles)
+
+
+def circulant(vectors: Tensor, f: int) -> Tensor:
+    """`Z_f(v)` for vectors (..., n), without indices: in rows that are longer by one each begins one further on."""
+    n = vectors.shape[-1]
+    lines = torch.cat([vectors.flip(-1), f * vectors.flip(-1)], -1)  # lines[k] = Z_f(v)[i, j] where k = n - 1 - i + j
+    rows = lines[..., None, :].expand(*lines.shape[:-1], n + 1, 2 * n).flatten(-2)
+    return rows[..., : n * (2 * n + 1)].unflatten(-1, (n, 2 * n + 1))[..., :n].flip(-2)
 
 
 def down(squares: Tensor, f: int) -> Tensor:

@@ -12,7 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from featherweight.core.structures import MOST, SEEDS, Free, Structure, both_signs, places, signed_places
+from featherweight.core.structures import (
+    MOST,
+    SEEDS,
+    Free,
+    Structure,
+    both_signs,
+    places,
+    portable_places,
+    signed_places,
+)
 
 ENTRIES = 1 << 20  # that the small network makes at once
 
@@ -101,11 +110,16 @@ class FunctionalHash(Structure):
     def answers(self, free: Free, table: Tensor) -> Tensor:
         """The entries of a piece of the table."""
         both = both_signs(free["weights"])
-        read = [both.index_select(0, place) for place in table]
+        read = [both.index_select(0, place) for place in table.unbind(0)]
         if not self.width:
             return sum(read[1:], read[0])
         hidden = torch.tanh(free["inner"] @ torch.stack(read) + free["inner_bias"][:, None])
         return free["outer"] @ hidden + free["outer_bias"]
+
+    def portable(self, free: Free, one: Tensor) -> Tensor:
+        count = self.rows * self.columns
+        places = [portable_places(one, self.seed, 2 * u, count, self.buckets) for u in range(self.hashes)]
+        return self.answers(free, torch.stack(places)).view(self.rows, self.columns)
 
     def some_rows(self, free: Free, index: Tensor) -> Tensor:
         table = self.table.view(self.hashes, self.rows, self.columns)[:, index.to(self.table.device).flatten()]

@@ -94,6 +94,14 @@ class Structure(ABC):
         """The matrix times vectors, (..., columns) -> (..., rows), in the way that this class executes it."""
 
     @abstractmethod
+    def portable(self, free: Free, one: Tensor) -> Tensor | None:
+        """The matrix by real operations that other runtimes have, without tables; None where there is no such way.
+
+        Args:
+            one: a 1 of 64 bits, shape (1,): whatever else is counted, is counted from it.
+        """
+
+    @abstractmethod
     def some_rows(self, free: Free, index: Tensor) -> Tensor:
         """These rows of the matrix, (...) -> (..., columns)."""
 
@@ -188,6 +196,14 @@ class Circulant(Tied):
         """Where the diagonal D is -1."""
         return np.asarray(hashed(self.seed, 0, 0, self.columns) >> np.uint64(63) == 1)
 
+    def portable(self, free: Free, one: Tensor) -> Tensor:
+        n = self.columns
+        # with r repeated in rows that are longer by one, each row begins one further on: row i, column j: r[i + j + 1]
+        shifted = torch.cat([free["vectors"][:, 1:], free["vectors"][:, :1]], 1)
+        rows = shifted[:, None].expand(-1, n + 1, n).reshape(-1, n, n + 1)[:, :, :n]
+        signs = torch.from_numpy(np.where(self.minus, -1, 1).astype(np.int8)).to(rows.dtype)
+        return rows.flip(2).reshape(-1, n)[: self.rows] * signs
+
     def product(self, x: Tensor, free: Free) -> Tensor:
         vectors, n = whole(free["vectors"]), self.columns
         turned = whole(torch.where(torch.from_numpy(self.minus).to(x.device), -x, x))
@@ -219,6 +235,10 @@ class Hashed(Tied):
 
     def entries(self) -> tuple[Array, Array]:
         return places(self.seed, 0, self.rows * self.columns, self.buckets)
+
+    def portable(self, free: Free, one: Tensor) -> Tensor:
+        place = portable_places(one, self.seed, 0, self.rows * self.columns, self.buckets)
+        return both_signs(free["weights"])[place].view(self.rows, self.columns)
 
     def product(self, x: Tensor, free: Free) -> Tensor:
         return F.linear(x, self.matrix(free))
@@ -283,6 +303,33 @@ def places(seed: int, stream: int, count: int, buckets: int) -> tuple[Array, Arr
         index[part] = hashed(seed, stream, first, part.stop - first) % np.uint64(buckets)
         minus[part] = hashed(seed, stream + 1, first, part.stop - first) >> np.uint64(63) == 1
     return index, minus
+
+
+def portable_places(one: Tensor, seed: int, stream: int, count: int, buckets: int) -> Tensor:
+    """`places` as places among weights and their negatives, in signed arithmetic of 64 bits, counted from a 1."""
+    index = portable_hashes(one, seed, stream, count)
+    upper, lower = _shifted(index, 32) % buckets, (index & 0xFFFFFFFF) % buckets
+    index = (upper * ((1 << 32) % buckets) + lower) % buckets  # of a number without a sign
+    return index + buckets * _shifted(portable_hashes(one, seed, stream + 1, count), 63)
+
+
+def portable_hashes(one: Tensor, seed: int, stream: int, count: int) -> Tensor:
+    """`hashed` from 0 on, as signed numbers of 64 bits."""
+    begin = finalized(finalized(np.array([seed], np.uint64)) + np.uint64(stream))
+    z = one.expand(count).cumsum(0) * _signed(0x9E3779B97F4A7C15) + _signed(int(begin[0]))
+    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: Tensor, by: int) -> Tensor:
+    """A shift to the right that fills with zeros."""
+    return (z >> by) & ((1 << (64 - by)) - 1)
+
+
+def _signed(number: int) -> int:
+    """The signed number of 64 bits with the bits of one without a sign."""
+    return number - (1 << 64) if number >= 1 << 63 else number
 
 
 def whole(x: Tensor) -> Tensor:

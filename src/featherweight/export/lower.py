@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from featherweight.core.forms import ACTIVATIONS, Affine, Codes, Product, Table,
 from featherweight.core.grids import ActivationGrid, Steps
 from featherweight.core.structured import StructuredLayer
 
+NODES = 16_384  # bytes that the operators take which make a structured weight, at most about
+FREE = "structured_"  # what buffers of free parameters are called, and only they
 STORED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Embedding)
 
 
@@ -75,9 +77,25 @@ def _lower_weight(lowered: Lowered, path: str, module: nn.Module) -> None:
 
 def _lower_structure(lowered: Lowered, path: str, module: StructuredLayer) -> None:
     """A structured layer becomes the plain layer with the weight that it makes; hooks on it stay."""
-    module.register_buffer("made", module.dense().detach())
-    module.forward = lambda x: module.through(x, module.get_buffer("made"), module.bias)
-    lowered.notes.append(f"{path}: its {module.structure[0]} weight is written out whole, the ONNX file is no smaller")
+    word, matrix = module.structure[0], module.matrix
+    one = torch.ones(1, dtype=torch.int64)
+    longer = 4 * matrix.size + NODES >= 4 * matrix.rows * matrix.columns
+    if longer or matrix.portable(module.free, one) is None:
+        module.register_buffer("made", module.dense().detach())
+        module.forward = lambda x: module.through(x, module.get_buffer("made"), module.bias)
+        lowered.notes.append(f"{path}: its {word} weight is written out whole, the ONNX file is no smaller")
+        return
+    for name, value in {**module.free, "one": one}.items():
+        module.register_buffer(f"{FREE}{name}", value.detach())
+    names = tuple(module.free)
+
+    def forward(x: Tensor) -> Tensor:
+        free = {name: module.get_buffer(f"{FREE}{name}") for name in names}
+        made = cast(Tensor, matrix.portable(free, module.get_buffer(f"{FREE}one")))
+        return module.through(x, made.view(module.weight_shape), module.bias)
+
+    module.forward = forward
+    lowered.notes.append(f"{path}: its {word} weight is made from its free parameters when the ONNX file is loaded")
 
 
 def int8(codes: Codes) -> tuple[Tensor, Tensor, int] | None:

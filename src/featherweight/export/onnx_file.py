@@ -35,7 +35,7 @@ from featherweight.export.graph import (
     transposed_weights,
     without_idle_relus,
 )
-from featherweight.export.lower import lower, translations
+from featherweight.export.lower import FREE, lower, translations
 from featherweight.export.runtime_session import Session, first_line
 
 OPSET = 20
@@ -294,7 +294,8 @@ def _to_onnx(program: Any, names: tuple[list[str], list[str]], opset: int) -> Mo
 def _may_fold(node: Any) -> bool | None:
     """Keeps weights as they are stored, where the optimizer would compute short ones; None leaves the choice to it."""
     names = [value.name or "" for value in node.inputs if value is not None]
-    return False if any(".parametrizations." in name and name.endswith(KEPT) for name in names) else None
+    kept = any((".parametrizations." in name and name.endswith(KEPT)) or FREE in name for name in names)
+    return False if kept else None
 
 
 def _unsupported(error: BaseException) -> str:
