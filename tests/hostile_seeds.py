@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from featherweight.coding import load, save
+from featherweight.core.recurrent import shared
+from featherweight.core.structured import from_dense
 from golden_models import GOLDEN_FILES, fresh
 from test_coding import Net, Tied, compressed
 
@@ -38,6 +40,26 @@ def wired_graph() -> nn.Module:
     return load(GOLDEN / "graph.fw")
 
 
+def shared_layers() -> nn.Module:
+    """Layers of all structures, and a recurrent one."""
+    torch.manual_seed(0)
+    told = (("circulant", 1), ("hashed", 5, 2), ("functional", 3, 2, 2, 3), ("toeplitz", 1), ("stein_cauchy", 2))
+    model = nn.Sequential(*[from_dense(nn.Linear(8, 8), one) for one in told], SharedGRU())
+    for module in model[:-1]:
+        module._fw_swapped = True
+    return model
+
+
+class SharedGRU(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.gru = nn.Unflatten(1, (2, 4)), shared(nn.GRU(4, 3, 2, batch_first=True), 2)
+        self.gru._fw_swapped = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gru(self.into(x))[0]
+
+
 @cache
 def seeds() -> tuple[Seed, ...]:
     """The golden files, and compressed networks under every coder, full and bare."""
@@ -51,6 +73,9 @@ def seeds() -> tuple[Seed, ...]:
         for bare in (False, True):
             save(tied(), path, bare=bare)
             found.append(Seed(f"tied{' bare' * bare}", path.read_bytes(), tied))
+        for bare in (False, True):
+            save(shared_layers(), path, bare=bare, example_inputs=torch.zeros(2, 8))
+            found.append(Seed(f"shared layers{' bare' * bare}", path.read_bytes(), shared_layers))
         wired = [one for one in found if one.name in ("graph", "network_wired")]
         found += wired * 3  # what a graph can say takes more tries
         save(wired_graph(), path, bare=True)

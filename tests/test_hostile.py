@@ -245,7 +245,15 @@ def hashed(*structure: object, **args: object) -> dict:
     return {"type": "StructuredLinear", "args": {**sizes, **args}}
 
 
+def recurrent(**args: object) -> dict:
+    told = {"cell": "GRU", "input_size": 2, "hidden_size": 3, "num_layers": 1, "bias": False, "batch_first": True}
+    return {"type": "SharedRecurrent", "args": {**told, "dropout": 0.0, "bidirectional": False, "rank": 2, **args}}
+
+
 SWAPS = {
+    "a recurrent cell that does not exist": (recurrent(cell="gru"), "'gru' as cell"),
+    "a rank beyond the units": (recurrent(rank=4), "rank must be from 1"),
+    "recurrent matrices of 2^40 entries": (recurrent(hidden_size=1 << 20), "268435456 entries"),
     "a structure that does not exist": (hashed("magic", 1), "as structure"),
     "a structure of too many settings": (hashed("hashed", 4, 0, 0), "as structure"),
     "a structure of a large seed": (hashed("hashed", 4, 1 << 62 | 1), "as structure"),

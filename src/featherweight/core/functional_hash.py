@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, final
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,10 +21,9 @@ from featherweight.core.structures import (
     both_signs,
     places,
     portable_places,
-    signed_places,
 )
 
-ENTRIES = 1 << 20  # that the small network makes at once
+ENTRIES = 1 << 18  # that the small network makes at once
 
 
 @final
@@ -61,7 +61,7 @@ class FunctionalHash(Structure):
         """(hashes, entries): where the weight of each stands among the weights and, behind them, their negatives."""
         count = self.rows * self.columns
         found = [places(self.seed, 2 * u, count, self.buckets) for u in range(self.hashes)]
-        return torch.stack([signed_places(index, minus, self.buckets) for index, minus in found])
+        return torch.from_numpy(np.stack(found))
 
     def start(self, std: float) -> dict[str, Tensor]:
         free = {"weights": torch.randn(self.buckets) * std, **self.network(torch.tensor(std))}

@@ -122,13 +122,13 @@ class Tied(Structure):
     """A matrix of which every entry is one of few weights, or minus one of them."""
 
     @abstractmethod
-    def entries(self) -> tuple[Array, Array]:
-        """For each entry, row by row, the number of its weight, and whether it stands there with a minus."""
+    def entries(self) -> Array:
+        """For each entry, row by row, where it stands among the weights and, behind them, their negatives; int32."""
 
     @cached_property
     def table(self) -> Tensor:
-        """For each entry, where it stands among the weights and, behind them, their negatives; int32."""
-        return signed_places(*self.entries(), self.size)
+        """The same as a tensor."""
+        return torch.from_numpy(self.entries())
 
     def start(self, std: float) -> dict[str, Tensor]:
         return {name: torch.randn(shape) * std for name, shape in self.shapes().items()}
@@ -164,11 +164,6 @@ def both_signs(weights: Tensor) -> Tensor:
     return torch.cat([weights.flatten(), -weights.flatten()])
 
 
-def signed_places(index: Array, minus: Array, count: int) -> Tensor:
-    """Where weights with signs stand among `count` weights and, behind them, their negatives; int32."""
-    return torch.from_numpy((index + count * minus).astype(np.int32))
-
-
 @final
 @dataclass(frozen=True)
 class Circulant(Tied):
@@ -186,10 +181,10 @@ class Circulant(Tied):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"vectors": (-(-self.rows // self.columns), self.columns)}
 
-    def entries(self) -> tuple[Array, Array]:
-        i, j = np.arange(self.rows)[:, None], np.arange(self.columns)
-        index = i // self.columns * self.columns + (i - j) % self.columns
-        return index.ravel(), np.broadcast_to(self.minus, index.shape).ravel()
+    def entries(self) -> Array:
+        i, j = np.arange(self.rows, dtype=np.int32)[:, None], np.arange(self.columns, dtype=np.int32)
+        index = (i - j) % self.columns + i // self.columns * self.columns + self.size * self.minus.astype(np.int32)
+        return index.astype(np.int32).ravel()
 
     @cached_property
     def minus(self) -> Array:
@@ -233,7 +228,7 @@ class Hashed(Tied):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"weights": (self.buckets,)}
 
-    def entries(self) -> tuple[Array, Array]:
+    def entries(self) -> Array:
         return places(self.seed, 0, self.rows * self.columns, self.buckets)
 
     def portable(self, free: Free, one: Tensor) -> Tensor:
@@ -295,14 +290,14 @@ def finalized(z: Array) -> Array:
     return z ^ (z >> np.uint64(31))
 
 
-def places(seed: int, stream: int, count: int, buckets: int) -> tuple[Array, Array]:
-    """For the numbers below `count`: a bucket each, and a sign (True: minus), by the hashes `stream` and the next."""
-    index, minus = np.empty(count, np.int64), np.empty(count, bool)
+def places(seed: int, stream: int, count: int, buckets: int) -> Array:
+    """For the numbers below `count` a bucket each by a hash; as many buckets on where the next hash says minus."""
+    found = np.empty(count, np.int32)
     for first in range(0, count, PIECE):
         part = slice(first, min(first + PIECE, count))
-        index[part] = hashed(seed, stream, first, part.stop - first) % np.uint64(buckets)
-        minus[part] = hashed(seed, stream + 1, first, part.stop - first) >> np.uint64(63) == 1
-    return index, minus
+        found[part] = hashed(seed, stream, first, part.stop - first) % np.uint64(buckets)
+        found[part] += np.int32(buckets) * (hashed(seed, stream + 1, first, part.stop - first) >> np.uint64(63) == 1)
+    return found
 
 
 def portable_places(one: Tensor, seed: int, stream: int, count: int, buckets: int) -> Tensor:
