@@ -20,6 +20,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,9 @@ NETWORKS = {
 PHOTOGRAPHS = "efficientnet_lite0"
 CALIBRATION_BATCHES = 16
 NNCF_SAMPLES = 300  # its default
-OURS: dict[str, Any] = {"calibration_batches": CALIBRATION_BATCHES}
+LEARNED: dict[str, Any] = {"calibration_batches": CALIBRATION_BATCHES, "iterations": 200, "rows": 1024}
 SECONDS = 10.0
-CROPS = 112
+CROPS = 56
 
 
 class Reader(CalibrationDataReader):  # type: ignore[misc]  # ONNX Runtime's class has no types
@@ -77,27 +78,72 @@ class OpenVino:
         return torch.from_numpy(np.array(next(iter(found.values()))))
 
 
-def files_of(model: nn.Module, task: Task, folder: Path, batches: list[Tensor]) -> dict[str, Any]:
-    """What each quantizer makes of the network: a path of an ONNX file, or a model of OpenVINO."""
+@dataclass(frozen=True)
+class Given:
+    """What every quantizer starts from."""
+
+    model: nn.Module
+    task: Task
+    batches: list[Tensor]
+    folder: Path
+
+    @property
+    def file(self) -> Path:
+        """The float network."""
+        path = self.folder / "float.onnx"
+        if not path.exists():
+            export.onnx(self.model, path, example_inputs=self.task.inputs())
+        return path
+
+    @property
+    def samples(self) -> list[np.ndarray]:
+        """Single samples, as NNCF wants them."""
+        return [one[None].numpy() for batch in self.batches for one in batch][:NNCF_SAMPLES]
+
+
+def ours(given: Given, method: str, **options: Any) -> Path:
+    """A method of Featherweight."""
+    out = given.folder / method
+    compress(given.model, given.task, method, out=out, measure=False, **options)
+    return out / "model.onnx"
+
+
+def onnxruntime(given: Given) -> Path:
+    """ONNX Runtime's static quantization."""
+    prepared, path = given.folder / "prepared.onnx", given.folder / "onnxruntime.onnx"
+    quant_pre_process(given.file, prepared)
+    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    quantize_static(prepared, path, Reader(given.batches), quant_format=QuantFormat.QDQ, per_channel=True, **types)
+    return path
+
+
+def nncf_onnx(given: Given) -> Path:
+    """NNCF on the ONNX file."""
+    import nncf
+
+    data = nncf.Dataset(given.samples, lambda value: {"input": value})
+    path = given.folder / "nncf.onnx"
+    onnx.save(nncf.quantize(onnx.load(given.file), data, subset_size=len(given.samples)), path)
+    return path
+
+
+def nncf_openvino(given: Given) -> Any:
+    """NNCF on the model of OpenVINO."""
     import nncf
     import openvino
 
-    files: dict[str, Any] = {name: folder / f"{name}.onnx" for name in ("float", "ours", "ONNX Runtime", "NNCF, ONNX")}
-    export.onnx(model, files["float"], example_inputs=task.inputs())
-    compress(model, task, "int8", out=folder / "ours", measure=False, **OURS)
-    (folder / "ours" / "model.onnx").replace(files["ours"])
-    prepared = folder / "prepared.onnx"
-    quant_pre_process(files["float"], prepared)
-    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-    quantize_static(
-        prepared, files["ONNX Runtime"], Reader(batches), quant_format=QuantFormat.QDQ, per_channel=True, **types
-    )
-    samples = [one[None].numpy() for batch in batches for one in batch][:NNCF_SAMPLES]
-    data = nncf.Dataset(samples, lambda value: {"input": value})
-    onnx.save(nncf.quantize(onnx.load(files["float"]), data, subset_size=len(samples)), files["NNCF, ONNX"])
-    converted = openvino.convert_model(files["float"])
-    files["NNCF, OpenVINO"] = nncf.quantize(converted, nncf.Dataset(samples), subset_size=len(samples))
-    return files
+    converted = openvino.convert_model(given.file)
+    return nncf.quantize(converted, nncf.Dataset(given.samples), subset_size=len(given.samples))
+
+
+QUANTIZERS: dict[str, Callable[[Given], Any]] = {
+    "float": lambda given: given.file,
+    "ours": partial(ours, method="int8", calibration_batches=CALIBRATION_BATCHES),
+    "ONNX Runtime": onnxruntime,
+    "NNCF, ONNX": nncf_onnx,
+    "NNCF, OpenVINO": nncf_openvino,
+    "ours, rounding learned": partial(ours, method="adaround", weight_bits=8, **LEARNED),
+}
 
 
 def runners(files: dict[str, Any]) -> dict[str, dict[str, Callable[..., Tensor]]]:
@@ -167,7 +213,8 @@ def classified(name: str) -> None:
     task = sources.task("fashion_mnist")
     batches = [batch[0] for batch, _ in zip(task.calibrating(), range(CALIBRATION_BATCHES), strict=False)]
     with tempfile.TemporaryDirectory() as folder:
-        files = files_of(model, task, Path(folder), batches)
+        given = Given(model, task, batches, Path(folder))
+        files = {who: quantize(given) for who, quantize in QUANTIZERS.items()}
         running = runners(files)
         add("int8_beside", f"int8 beside ONNX Runtime and NNCF (Fashion-MNIST, {10_000:,} test images)", name,
             accuracies(name, files, task, running))  # fmt: skip
@@ -184,21 +231,21 @@ def photographed() -> None:
     held = list(crops(HELD_OUT, CROPS, 2).split(16))
     labels = torch.zeros(16, dtype=torch.long)
     task = Task(valid=[(batches[0], labels)], calibration=[(batch,) for batch in batches])
+    with torch.no_grad():
+        wanted = torch.cat([model(x) for x in held]).log_softmax(1)
+    title = f"EfficientNet-Lite0 in int8: divergence from the float network on {CROPS} crops of other photographs"
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        files = files_of(model, task, Path(folder), batches)
-        running = runners(files)
-        with torch.no_grad():
-            wanted = torch.cat([model(x) for x in held]).log_softmax(1)
-        rows = []
-        for who in files:
+        given, files = Given(model, task, batches, Path(folder)), {}
+        for who, quantize in QUANTIZERS.items():
+            files[who] = quantize(given)
             row: dict[str, Any] = {"network": PHOTOGRAPHS, "quantized by": who}
-            for runtime, calls in running.items():
+            for runtime, calls in runners({who: files[who]}).items():
                 row |= {f"{runtime}: {key}": value for key, value in _apart(calls.get(who), held, wanted).items()}
             rows.append(row)
-        add("int8_beside_photographs", "EfficientNet-Lite0 in int8: divergence from the float network's outputs "
-            f"on {CROPS} crops of photographs that were not calibrated on", PHOTOGRAPHS, rows)  # fmt: skip
+            add("int8_beside_photographs", title, PHOTOGRAPHS, rows)
         add("int8_beside_latency", "Latency of int8 files (one thread, interleaved within a runtime)", PHOTOGRAPHS,
-            latencies(PHOTOGRAPHS, task, running, (1,)))  # fmt: skip
+            latencies(PHOTOGRAPHS, task, runners(files), (1,)))  # fmt: skip
 
 
 def _apart(call: Callable[..., Tensor] | None, held: list[Tensor], wanted: Tensor) -> dict[str, Any]:

@@ -59,7 +59,7 @@ PROVENANCE = 1024  # bytes that a run writes into its file beside the network
     family="quantize",
     needs={"calibration"},
     shrinks={"bits"},
-    small={"budget": "size<=0.6x", "calibration_batches": 2},
+    small={"budget": "size<=20kB", "calibration_batches": 2},
 )
 def mixed_precision(
     model: nn.Module,
