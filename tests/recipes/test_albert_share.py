@@ -10,6 +10,7 @@ import featherweight as fw
 from conftest import Residual, small_mlp, small_stack, small_task
 from featherweight.catalogue import entry
 from featherweight.core.cost import cost
+from featherweight.core.ledger import recording
 from featherweight.errors import BadOption, CompressionError
 from featherweight.recipes.albert_share import stacks
 from featherweight.zoo.networks import build
@@ -118,6 +119,41 @@ def test_inner_stacks_of_blocks_that_are_shared_stay_apart():
     entry("albert_share")(model, small_task(), epochs=0)
     assert model[2][0].weight is model[3][0].weight
     assert model[2][0].weight is not model[2][2].weight
+
+
+class Tied(nn.Module):
+    """A block that uses one weight twice, in its attention and behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.ffn = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.ffn.weight = self.attention.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.ffn(torch.relu(self.attention(x)))
+
+
+@pytest.mark.parametrize("share", ["all", "attention"])
+def test_a_tie_inside_a_block_stays_and_is_counted_once(share):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Sequential(Tied(), Tied(), Tied()), nn.Linear(8, 4))
+    mean = torch.stack([block.ffn.weight for block in model[2]]).mean(0).detach()
+    before = sum(p.numel() for p in model.parameters())
+    with recording() as ledger:
+        entry("albert_share")(model, small_task(), epochs=0, share=share)
+    saved = before - sum(p.numel() for p in model.parameters())
+    assert saved == 2 * (64 + 8 * (1 + (share == "all")))
+    assert any(f"{saved:,} parameters less" in one for one in ledger.notes)
+    for block in model[2]:
+        assert block.ffn.weight is block.attention.weight is model[2][0].attention.weight
+    torch.testing.assert_close(model[2][1].ffn.weight.detach(), mean)
+    with pytest.raises(CompressionError, match="with weights of their own"):
+        entry("albert_share")(model, small_task(), epochs=0, share=share)
+
+
+def test_blocks_of_other_ties_are_not_alike():
+    loose = Tied()
+    loose.ffn.weight = nn.Parameter(torch.zeros(8, 8))
+    assert stacks(nn.Sequential(Tied(), loose, Tied())) == {"": ["0", "2"]}
 
 
 def test_a_trained_stack_recovers():

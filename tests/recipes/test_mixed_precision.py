@@ -1,7 +1,9 @@
 """Bits by layer: the program's choice is the best there is, the real file keeps the budget, and it beats equal bits."""
 
 import copy
+import tempfile
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 import featherweight as fw
 from conftest import small_cnn, small_task
+from featherweight.coding import save
 from featherweight.core import measuring
 from featherweight.core.divergence import answers, divergence
 from featherweight.core.fit import fit
@@ -19,7 +22,7 @@ from featherweight.core.task import Task
 from featherweight.core.walk import joined
 from featherweight.errors import BadOption, CompressionError
 from featherweight.quantize import quantize
-from featherweight.recipes.mixed_precision import mixed_precision
+from featherweight.recipes.mixed_precision import PROVENANCE, mixed_precision
 
 LAYERS = ("0", "3", "6", "9", "14")
 
@@ -91,6 +94,29 @@ def test_it_beats_equal_bits_of_the_same_size(trained) -> None:
     )
     assert mean < 4
     assert divergence(wanted, answers(mixed, task, batch)) < divergence(wanted, answers(equal, task, batch))
+
+
+def test_biases_that_are_new_are_within_the_budget() -> None:
+    torch.manual_seed(0)
+    layers = nn.Linear(64, 256, bias=False), nn.ReLU(), nn.Linear(256, 4, bias=False)
+    model, task = nn.Sequential(nn.Flatten(), *layers).eval(), small_task()
+
+    def size(small: nn.Module) -> int:
+        with tempfile.TemporaryDirectory() as folder:
+            return save(bake(small), Path(folder) / "model.fw", example_inputs=task.inputs()).bytes
+
+    eight = size(run((model, task), budget="size<=0.9x", bits=[8])[0])
+    allowed = eight - 500  # the 260 biases alone take twice as much
+    small, _ = run((model, task), budget=f"size<={allowed + PROVENANCE}B", bits=[4, 8])
+    assert small[1].bias is not None
+    assert size(small) <= allowed
+
+
+def test_learned_rounding_that_breaks_the_budget_is_not_taken(trained, monkeypatch) -> None:
+    monkeypatch.setattr("featherweight.recipes.mixed_precision.adaround", lambda model, task, **options: model)
+    small, ledger = run(trained, budget="size<=0.2x", bits=[3], rounding="learned")
+    assert any("rounded to nearest: learned rounding has more entropy" in one for one in ledger.notes)
+    assert {p for p, m in bake(small).named_modules() if codes_of(m)} == set(LAYERS)
 
 
 def test_learned_rounding_and_few_layers(trained) -> None:

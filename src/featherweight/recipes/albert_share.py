@@ -75,7 +75,8 @@ def albert_share(
             shared += _tied(path, [model.get_submodule(name) for name in group], share, start) if group else 0
     if not shared:
         raise CompressionError(
-            "no two blocks of a stack are alike and in one group: choose another method, or fewer groups"
+            "no two blocks of a stack are alike and in one group, with weights of their own: choose another method, "
+            "or fewer groups"
         )
     return task.fit(model, task, epochs=epochs, lr=lr, optimizer=optimizer, label="train shared blocks")
 
@@ -109,31 +110,42 @@ def _held(path: str, name: str, block: nn.Module) -> bool:
 
 def _kind(block: nn.Module) -> str:
     """What two blocks must agree in."""
-    tensors = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in block.state_dict(keep_vars=True).items()]
+    held = block.state_dict(keep_vars=True)
+    first = {id(t): name for name, t in reversed(held.items())}  # a tie inside a block is tied to its first name
+    tensors = [f"{name} {tuple(t.shape)} {t.dtype} {first[id(t)]}" for name, t in held.items()]
     return "\n".join(
         [*(f"{path} {type(m).__qualname__} {m.extra_repr()}" for path, m in block.named_modules()), *tensors]
     )
 
 
 def _tied(path: str, blocks: list[nn.Module], share: Part, start: str) -> int:
-    """Ties the chosen parameters of blocks; how many are saved."""
+    """Ties the chosen parameters of blocks; how many are saved. Ties inside a block stay, and make one choice."""
     if len(blocks) < 2:
         return 0
-    chosen = [name for name, _ in blocks[0].named_parameters() if share in ("all", _part(blocks[0], name))]
+    held = dict(blocks[0].named_parameters(remove_duplicate=False))
+    wanted = {id(p) for name, p in held.items() if share in ("all", _part(blocks[0], name))}
+    chosen = [name for name, p in held.items() if id(p) in wanted]
     if not chosen:
         where = path or "the model"
         raise BadOption(f'the blocks of {where} have no parameters of the part {share!r}: pass share="all"')
+    before = _count(blocks)
     with torch.no_grad():
+        means = {name: torch.stack([block.get_parameter(name) for block in blocks]).mean(0) for name in chosen}
         for name in chosen:
             kept = blocks[0].get_parameter(name)
             if start == "mean":
-                kept.copy_(torch.stack([block.get_parameter(name) for block in blocks]).mean(0))
+                kept.copy_(means[name])
             for block in blocks[1:]:
                 path_to, _, leaf = name.rpartition(".")
                 block.get_submodule(path_to)._parameters[leaf] = kept
-    saved = sum(blocks[0].get_parameter(name).numel() for name in chosen) * (len(blocks) - 1)
-    note(f"{path or 'the model'}: {len(blocks)} blocks share {len(chosen)} tensors each, {saved:,} parameters less")
+    saved = before - _count(blocks)
+    note(f"{path or 'the model'}: {len(blocks)} blocks share {len(wanted)} tensors each, {saved:,} parameters less")
     return saved
+
+
+def _count(blocks: list[nn.Module]) -> int:
+    """The parameters of blocks, each counted once."""
+    return sum(p.numel() for p in {id(p): p for block in blocks for p in block.parameters()}.values())
 
 
 def _part(block: nn.Module, name: str) -> Part:

@@ -10,7 +10,8 @@ Departs from the paper: `d` is the divergence of the outputs on calibration data
 so that no labels are needed; `c` is the entropy of a layer's integers and its scales in bytes, or a share of the
 measured latency by multiply-accumulates; the real file, or the real latency, is measured and the program solved again
 until the budget holds; activations are on grids of eight bits throughout. Rounding may be learned (AdaRound) in place
-of the paper's AdaQuant.
+of the paper's AdaQuant; integers so rounded may have more entropy, and where the budget then breaks, rounding to
+nearest is kept and that is told.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def mixed_precision(
         budget: such as "size<=30kB" or "size<=0.15x" (of the parameters in float), for the file; or "latency<=0.6x" or
             "latency<=2ms", with which layers have eight bits or stay float: a runtime is as fast with two.
         bits: which bits a layer may have, 2 to 8; not for a latency.
-        rounding: "nearest", with biases corrected; or "learned" by AdaRound.
+        rounding: "nearest", with biases corrected; or "learned" by AdaRound, where the budget holds with it.
         allocate: what chooses: "budget_knapsack" (the integer program) or "layer_sensitivity" (one tolerance for all).
         calibrator: how a range of activations follows from what was seen; see `int8`.
         iterations: steps for each layer where rounding is learned.
@@ -97,7 +98,7 @@ def mixed_precision(
     start = copy.deepcopy(model)
     fold(model, task)
     chosen = list(sites(model, where, LAYERS))
-    batch = joined(task, calibration_batches, MOST)
+    batch, every = joined(task, calibration_batches, MOST), joined(task, calibration_batches)
     # 1. What each layer alone costs the outputs, and what it takes, with every number of bits.
     options = sorted(set(bits), reverse=True) if limit.quantity == "size" else [FLOAT, 8]
     costs, drops = _sensitivity(model, task, chosen, options, batch, limit)
@@ -108,23 +109,25 @@ def mixed_precision(
         curves = {path: _curve(costs, drops, path) for path in chosen}
         found = choose(curves, share)
         given = {path: options[round(found[path])] for path in chosen}
-        return given, _on_grids(model, task, given, calibrator, calibration_batches)
+        small = _on_grids(model, task, given, calibrator, calibration_batches)
+        correct_biases(small, model, task, every, [path for path, count in given.items() if count != FLOAT])
+        return given, small  # with its biases, which may be new and take bytes
 
     goal = _Goal(limit, start, task)
     given, small = goal.within(built, sum(max(costs[path]) for path in chosen))
     show("bits", [{"layer": p, "bits": given[p], **_told(options, costs[p], drops[p])} for p in chosen])
-    # 3. Rounding, biases, and what came of it.
+    # 3. Rounding, and what came of it.
     quantized = {path: count for path, count in given.items() if count != FLOAT}
     for path in given.keys() - quantized.keys():
         skip(path, "it stays float: the budget holds without it")
     if rounding == "learned":
-        small = adaround(copy.deepcopy(model), task, weight_bits=quantized, iterations=iterations,
-                         calibrator=calibrator, calibration_batches=calibration_batches)  # fmt: skip
-        if goal.figure(small) > goal.allowed():
-            note(f"learned rounding has more entropy: {goal.figure(small):.5g} of {goal.allowed():.5g} of {limit.text}")
-    else:
-        correct_biases(small, model, task, joined(task, calibration_batches), list(quantized))
-        report(model, small, task, list(quantized))
+        learned = adaround(copy.deepcopy(model), task, weight_bits=quantized, iterations=iterations,
+                           calibrator=calibrator, calibration_batches=calibration_batches)  # fmt: skip
+        if (reached := goal.figure(learned)) <= goal.allowed():
+            return learned
+        note(f"weights are rounded to nearest: learned rounding has more entropy, with which the network has "
+             f"{reached:.5g} of {goal.allowed():.5g} under {limit.text}")  # fmt: skip
+    report(model, small, task, list(quantized))
     return small
 
 
