@@ -37,7 +37,7 @@ def patterns(maps: Tensor) -> Tensor:
 def mmd2(a: Tensor, b: Tensor, kernel: Kernel = "polynomial") -> Tensor:
     """The squared maximum mean discrepancy of two sets of vectors (batch, n, d) and (batch, m, d), by sample.
 
-    >>> a = torch.randn(1, 6, 9)
+    >>> a = torch.randn(1, 6, 9).double()
     >>> bool(mmd2(a, a.repeat(1, 2, 1)).abs() < 1e-6)
     True
     """
