@@ -310,7 +310,7 @@ def each_kind():
             yield pytest.param(name, kind, marks=() if always else pytest.mark.slow, id=f"{name}-{kind}")
 
 
-@pytest.mark.parametrize(("name", "kind"), each_kind())
+@pytest.mark.parametrize(("name", "kind"), list(each_kind()))
 def test_beyond_image_classification(name, kind, tmp_path):
     """A method works on it, or refuses it in one sentence that names a cure; never crashes, never does nothing.
 
