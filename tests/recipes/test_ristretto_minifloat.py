@@ -40,7 +40,13 @@ def test_the_largest_and_the_smallest_number_are_those_of_the_format(e: int, m: 
 def test_float_arithmetic_makes_the_nearest_number(seed: int, sizes: tuple[int, int]) -> None:
     torch.manual_seed(seed)
     values = torch.randn(200) * 2.0 ** torch.randint(*exponents(sizes[0]), (200,))
-    assert torch.equal(Minifloat(*sizes)(values), Levels(minifloat_levels(*sizes).float())(values))
+    levels = minifloat_levels(*sizes)
+    made, nearest = Minifloat(*sizes)(values).double(), Levels(levels.float())(values).double()
+    off, least = (made - values.double()).abs(), (nearest - values.double()).abs()
+    assert torch.isin(made, levels).all()
+    assert torch.equal(off, least), "no number of the format is nearer"
+    half_way = torch.isin(values.double(), (levels[1:] + levels[:-1]) / 2)
+    assert torch.equal(made[~half_way], nearest[~half_way]), "only half-way may the two choose differently"
 
 
 def test_rounding_up_to_the_next_power_of_two_and_zeros_in_the_middle() -> None:
