@@ -19,7 +19,8 @@ from featherweight.core.fit import Optimizers
 from featherweight.core.ledger import note, show
 from featherweight.core.surgery import taps
 from featherweight.core.task import Batch, Task, device_of, eval_mode, first, loss_of, prediction, run, to_device
-from featherweight.errors import BadData, BadOption, MissingNeed, UnknownName, unknown
+from featherweight.core.taught import teacher_of
+from featherweight.errors import BadData, BadOption, UnknownName, unknown
 
 Match = Callable[[Taps, Taps, Batch, float], Tensor]
 """`(student's taps, teacher's taps, batch, progress) -> loss`; a module's parameters train along and are dropped.
@@ -356,20 +357,6 @@ def unchanged(teacher: nn.Module) -> Iterator[nn.Module]:
         finally:
             for param in free:
                 param.requires_grad_(True)
-
-
-def teacher_of(model: nn.Module, task: Task) -> nn.Module:
-    """The task's teacher.
-
-    Raises:
-        MissingNeed: there is none.
-        BadOption: it is the student itself.
-    """
-    if task.teacher is None:
-        raise MissingNeed("distillation needs a teacher, which this task does not have: pass Task(teacher=...)")
-    if task.teacher is model:
-        raise BadOption("the teacher is the very model that is trained: pass Task(teacher=copy.deepcopy(model))")
-    return task.teacher
 
 
 def tapped(

@@ -17,8 +17,8 @@ from featherweight.core.fold import fold_batchnorm
 from featherweight.core.forms import Affine, Form, activation_form, attach, codes_of, has_forms
 from featherweight.core.grids import ActivationGrid, Place, Seen
 from featherweight.core.ledger import note, skip
-from featherweight.core.norms import settle_norms
-from featherweight.core.site import PerLayer, Site, per_layer
+from featherweight.core.norms import fit_and_settle
+from featherweight.core.site import PerLayer, Site, per_layer, sites
 from featherweight.core.surgery import WhereLinearOrConv2d
 from featherweight.core.task import Task
 from featherweight.core.taught import taught
@@ -120,8 +120,7 @@ def quantize(
     )
     if epochs:
         label = "train on the grids"
-        task.fit(model, task, epochs=epochs, lr=lr, optimizer=optimizer, step=step, label=label)
-        settle_norms(model, task)  # weights that oscillate between two levels leave the statistics of neither
+        fit_and_settle(model, task, epochs=epochs, lr=lr, optimizer=optimizer, step=step, label=label)
     return fold_batchnorm(model, task.inputs()) if fold else model
 
 
@@ -146,6 +145,16 @@ def ends_of(model: nn.Module, task: Task) -> list[str]:
     layers = {path: m for path, m in model.named_modules() if isinstance(m, LAYERS)}
     order = [step.layer for step in follow(model, task.inputs(), layers).steps if step.layer is not None]
     return [order[0], order[-1]] if order else []
+
+
+def chosen_sites(model: nn.Module, task: Task, where: WhereLinearOrConv2d, *, keep_first_last: bool) -> dict[str, Site]:
+    """The Linear and Conv2d layers that were asked for, without the first and the last that run if these stay float.
+
+    Raises:
+        CompressionError: nothing is left between the two.
+    """
+    found = sites(model, where, LAYERS)
+    return without(found, {*ends_of(model, task)} & found.keys()) if keep_first_last else found
 
 
 def without(found: Mapping[str, Site], ends: set[str]) -> dict[str, Site]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featherweight.core.calibration import calibrate
-from featherweight.core.forms import Affine, Codes, Form, along, attach, forms_of, originals
+from featherweight.core.forms import Affine, Codes, Form, along, attach, forms_of, originals, take_off
 from featherweight.core.grids import mean_sizes
 from featherweight.core.site import Site, channel_axis
 from featherweight.core.task import Task
@@ -328,6 +328,26 @@ def sign_weights(site: Site, size: float = 1.0, *, stochastic: bool = False) -> 
     axis = channel_axis(site)
     scale = mean_sizes(site.weight, axis, site.keep.to(site.weight.device))
     return SignWeights(scale * size, axis, stochastic=stochastic)
+
+
+def power_of_two(value: Tensor) -> Tensor:
+    """`AP2(x) = sign(x) 2^round(log2|x|)`: the nearest power of two, in the logarithm.
+
+    >>> power_of_two(torch.tensor([0.3, -5.0, 0.0])).tolist()
+    [0.25, -4.0, 0.0]
+    """
+    return torch.where(value == 0, value, value.sign() * value.abs().log2().round().exp2())
+
+
+def add_mean(model: nn.Module, site: Site, start: Start) -> None:
+    """Puts into a layer's bias, if it has one, what the layer makes of the mean that signs are taken around.
+
+    A form on the bias is taken off: the sum need not lie on its grid.
+    """
+    take_off(model, site.module, "bias")
+    bias = site.module._parameters.get("bias")
+    if bias is not None:
+        bias.data += constant_part(site.weight, start.shift, getattr(site.module, "groups", 1))
 
 
 def constant_part(weight: Tensor, shift: Tensor, groups: int = 1) -> Tensor:

@@ -220,10 +220,7 @@ def prune_layerwise(
     gone = torch.empty(0, dtype=torch.long)
 
     def hold(progress: float = 1.0) -> None:
-        """Keeps at zero what is gone and what was masked before."""
-        zero_channels(model, gone, channels=channels)
-        for (path, name), keep in keeps.items():
-            getattr(model.get_submodule(path), name).data.mul_(keep)
+        keep_zero(model, channels, gone, keeps)
 
     found_stages = stages(model, channels, task)
     if not found_stages:
@@ -254,6 +251,13 @@ def kept_by_masks(model: nn.Module) -> dict[tuple[str, str], Tensor]:
     """What earlier masks keep, by layer and tensor."""
     found = {(p, name): mask_of(model.get_submodule(p), name) for p, name in masked_names(model)}
     return {key: keep.clone() for key, keep in found.items() if keep is not None}
+
+
+def keep_zero(model: nn.Module, channels: Channels, gone: Tensor, keeps: Mapping[tuple[str, str], Tensor]) -> None:
+    """Zeros, in place, the channels that are gone and what earlier masks do not keep."""
+    zero_channels(model, gone, channels=channels)
+    for (path, name), keep in keeps.items():
+        getattr(model.get_submodule(path), name).data.mul_(keep)
 
 
 @final

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,17 @@ from featherweight.core.task import Task, run
 from featherweight.errors import BadData
 
 RUNNING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def fit_and_settle(model: nn.Module, task: Task, *, epochs: float, **options: Any) -> nn.Module:
+    """Trains, and then takes the statistics of batch norms anew: those of training are behind weights that jump.
+
+    Args:
+        epochs: passes over the training data; with none the network is left as it is.
+        options: as in `fit`.
+    """
+    task.fit(model, task, epochs=epochs, **options)
+    return settle_norms(model, task) if epochs else model
 
 
 def settle_norms(model: nn.Module, task: Task, *, batches: int = 64) -> nn.Module:

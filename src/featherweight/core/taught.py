@@ -21,11 +21,7 @@ def taught(task: Task, model: nn.Module, share: float) -> Step | None:
     """
     if not share:
         return None
-    teacher, match = task.teacher, fill("match", "softened")
-    if teacher is None:
-        raise MissingNeed("this training needs a teacher, which the task does not have: pass Task(teacher=...)")
-    if teacher is model:
-        raise BadOption("the teacher is the very model that is trained: pass Task(teacher=copy.deepcopy(model))")
+    teacher, match = teacher_of(model, task, "this training"), fill("match", "softened")
 
     def step(student: nn.Module, batch: Batch, progress: float) -> dict[str, Tensor]:
         output, target = run(student, task, batch)
@@ -36,3 +32,17 @@ def taught(task: Task, model: nn.Module, share: float) -> Step | None:
         return terms | {"teacher": share * match(seen, wanted, batch, progress)}
 
     return step
+
+
+def teacher_of(model: nn.Module, task: Task, what: str = "distillation") -> nn.Module:
+    """The task's teacher, which `what` needs.
+
+    Raises:
+        MissingNeed: there is none.
+        BadOption: it is the student itself.
+    """
+    if task.teacher is None:
+        raise MissingNeed(f"{what} needs a teacher, which this task does not have: pass Task(teacher=...)")
+    if task.teacher is model:
+        raise BadOption("the teacher is the very model that is trained: pass Task(teacher=copy.deepcopy(model))")
+    return task.teacher

@@ -15,7 +15,7 @@ from featherweight.core.ledger import note
 from featherweight.core.peers import predicted
 from featherweight.core.restart import reinitialise
 from featherweight.core.task import Batch, Task, device_of, eval_mode, loss_of, prediction, run
-from featherweight.distill import teacher_of
+from featherweight.core.taught import teacher_of
 from featherweight.ingredients.match.softened import softened
 from featherweight.quantize import Grid, Range, quantize
 

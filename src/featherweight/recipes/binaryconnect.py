@@ -10,12 +10,11 @@ from featherweight.core.binary import clip, sign_weights
 from featherweight.core.fit import Optimizers
 from featherweight.core.forms import attach
 from featherweight.core.ledger import note
-from featherweight.core.norms import settle_norms
-from featherweight.core.site import sites
+from featherweight.core.norms import fit_and_settle
 from featherweight.core.surgery import WhereLinearOrConv2d
 from featherweight.core.task import Task
 from featherweight.core.taught import taught
-from featherweight.quantize import LAYERS, ends_of, without
+from featherweight.quantize import chosen_sites
 
 
 @recipe(
@@ -63,13 +62,11 @@ def binaryconnect(
     Raises:
         CompressionError: nothing is left to binarize.
     """
-    found = sites(model, where, LAYERS)
-    found = without(found, {*ends_of(model, task)} & found.keys()) if keep_first_last else found
+    found = chosen_sites(model, task, where, keep_first_last=keep_first_last)
     step = taught(task, model, teacher_share) if epochs else None
     for site in found.values():
         attach(site.module, sign_weights(site, stochastic=stochastic), root=model)
     clip(found.values())
     note(f"{len(found)} layers of {'drawn ' if stochastic else ''}signs")
-    task.fit(model, task, epochs=epochs, lr=lr, optimizer=optimizer, step=step, label="train on signs",
-             after_step=lambda progress: clip(found.values()))  # fmt: skip
-    return settle_norms(model, task) if epochs else model
+    return fit_and_settle(model, task, epochs=epochs, lr=lr, optimizer=optimizer, step=step, label="train on signs",
+                          after_step=lambda progress: clip(found.values()))  # fmt: skip

@@ -11,16 +11,25 @@ from torch.optim import Optimizer
 
 from featherweight.allowed import Amount, Count, Positive, Share
 from featherweight.catalogue import recipe
-from featherweight.core.binary import SignInput, Start, channel_dim, clip, constant_part, looked_at, sign_weights
+from featherweight.core.binary import (
+    SignInput,
+    Start,
+    add_mean,
+    channel_dim,
+    clip,
+    looked_at,
+    power_of_two,
+    sign_weights,
+)
 from featherweight.core.fit import Optimizers
-from featherweight.core.forms import attach, take_off
+from featherweight.core.forms import attach
 from featherweight.core.ledger import note
-from featherweight.core.norms import settle_norms
-from featherweight.core.site import Site, sites
+from featherweight.core.norms import fit_and_settle
+from featherweight.core.site import Site
 from featherweight.core.surgery import WhereLinearOrConv2d
 from featherweight.core.task import Task
 from featherweight.core.taught import taught
-from featherweight.quantize import LAYERS, ends_of, quantize, without
+from featherweight.quantize import chosen_sites, ends_of, quantize
 
 
 @recipe(
@@ -73,11 +82,10 @@ def bnn(
     Raises:
         CompressionError: nothing is left to binarize.
     """
-    found, ends = sites(model, where, LAYERS), ends_of(model, task)
-    found = without(found, {*ends} & found.keys()) if keep_first_last else found
+    found = chosen_sites(model, task, where, keep_first_last=keep_first_last)
     step = taught(task, model, teacher_share) if epochs else None
 
-    first = set(ends[:1]) & found.keys()
+    first = {*ends_of(model, task)[:1]} & found.keys()
     for path in first:
         quantize(model, task, weights=None, acts="minmax", calibration_batches=calibration_batches, where=path)
         attach(found[path].module, sign_weights(found[path]), root=model)
@@ -88,18 +96,14 @@ def bnn(
 
     kind: Any = shift_adamax if optimizer == "shift_adamax" else optimizer
     note(f"{len(inner)} layers of signs in and out, {len(first)} of signs that reads 8 bits")
-    task.fit(model, task, epochs=epochs, lr=lr, optimizer=kind, step=step, label="train on signs",
-             after_step=lambda progress: clip(found.values()))  # fmt: skip
-    return settle_norms(model, task) if epochs else model
+    return fit_and_settle(model, task, epochs=epochs, lr=lr, optimizer=kind, step=step, label="train on signs",
+                          after_step=lambda progress: clip(found.values()))  # fmt: skip
 
 
 def binarize(model: nn.Module, site: Site, start: Start) -> None:
     """Signs for a layer's weights and inputs, at the scale that the layer had; its bias takes the mean of the input."""
     layer = site.module
-    take_off(model, layer, "bias")
-    bias = layer._parameters.get("bias")
-    if bias is not None:
-        bias.data += constant_part(site.weight, start.shift, getattr(layer, "groups", 1))
+    add_mean(model, site, start)
     attach(layer, SignInput(start.shift, channel_dim(layer), start.window), "input")
     attach(layer, sign_weights(site, start.size), root=model)
 
@@ -133,15 +137,6 @@ class ShiftAdaMax(Optimizer):
                 rate = power_of_two(torch.tensor(group["lr"] / (1 - group["beta1"] ** held["t"])))
                 moving = torch.where(held["v"] > 0, power_of_two(1 / held["v"]), torch.zeros_like(weight))
                 weight.sub_(rate.to(weight) * held["m"] * moving)
-
-
-def power_of_two(value: Tensor) -> Tensor:
-    """`AP2(x) = sign(x) 2^round(log2|x|)`: the nearest power of two, in the logarithm.
-
-    >>> power_of_two(torch.tensor([0.3, -5.0, 0.0])).tolist()
-    [0.25, -4.0, 0.0]
-    """
-    return torch.where(value == 0, value, value.sign() * value.abs().log2().round().exp2())
 
 
 def shift_adamax(params: list[nn.Parameter], lr: float) -> Optimizer:

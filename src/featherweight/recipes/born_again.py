@@ -15,7 +15,8 @@ from featherweight.core.fit import Optimizers
 from featherweight.core.ledger import note
 from featherweight.core.restart import reinitialise
 from featherweight.core.task import Task
-from featherweight.distill import Term, learn, teacher_of
+from featherweight.core.taught import teacher_of
+from featherweight.distill import Term, learn
 from featherweight.ingredients.match.dark_knowledge import permuted, weighted_by_confidence
 from featherweight.ingredients.match.softened import softened
 

@@ -16,7 +16,8 @@ from featherweight.core.fit import Optimizers
 from featherweight.core.ledger import note
 from featherweight.core.restart import reinitialise
 from featherweight.core.task import Batch, Task
-from featherweight.distill import Term, learn, teacher_of
+from featherweight.core.taught import teacher_of
+from featherweight.distill import Term, learn
 from featherweight.errors import BadData
 from featherweight.ingredients.match.squared_probabilities import squared_probabilities
 

@@ -17,7 +17,8 @@ from featherweight.core.fit import Optimizers
 from featherweight.core.ledger import note
 from featherweight.core.plan import Plan
 from featherweight.core.task import Task, first
-from featherweight.distill import Adapter, Term, below, learn, teacher_of
+from featherweight.core.taught import teacher_of
+from featherweight.distill import Adapter, Term, below, learn
 from featherweight.errors import BadOption
 from featherweight.ingredients.match.gram_matrices import Between, gram_matrices
 from featherweight.ingredients.match.softened import softened

@@ -14,7 +14,7 @@ from featherweight.core.features import rows, scores
 from featherweight.core.fit import Optimizers
 from featherweight.core.ledger import note
 from featherweight.core.task import Batch, Task, device_of, eval_mode, first, loss_of, prediction, run
-from featherweight.distill import teacher_of
+from featherweight.core.taught import teacher_of
 from featherweight.errors import BadOption
 
 

@@ -16,7 +16,8 @@ from featherweight.core.fit import Optimizers
 from featherweight.core.ledger import note
 from featherweight.core.progress import track
 from featherweight.core.task import Task, device_of, eval_mode, prediction, run
-from featherweight.distill import Term, learn, teacher_of, unchanged
+from featherweight.core.taught import teacher_of
+from featherweight.distill import Term, learn, unchanged
 from featherweight.errors import BadData, BadOption
 from featherweight.ingredients.match.softened import softened
 from featherweight.recipes.bucila_compression import Shuffled, gathered

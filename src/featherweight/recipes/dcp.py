@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 from featherweight.allowed import Amount, Count, Fraction, Positive
 from featherweight.catalogue import recipe
-from featherweight.core.channels import channel_groups, remove_channels, zero_channels
+from featherweight.core.channels import channel_groups, remove_channels
 from featherweight.core.fit import Optimizers
 from featherweight.core.forms import bake, mask_zeros, masked_names
-from featherweight.core.layerwise import Stage, called, kept_by_masks, stages
+from featherweight.core.layerwise import Stage, called, keep_zero, kept_by_masks, stages
 from featherweight.core.ledger import note
 from featherweight.core.surgery import WEIGHTED
 from featherweight.core.task import Batch, Task, device_of, eval_mode, prediction, run, to_device
@@ -90,9 +90,7 @@ def dcp(
     gone = torch.empty(0, dtype=torch.long)
 
     def hold(progress: float = 1.0) -> None:
-        zero_channels(model, gone, channels=channels)
-        for (path, name), keep in keeps.items():
-            getattr(model.get_submodule(path), name).data.mul_(keep)
+        keep_zero(model, channels, gone, keeps)
 
     groups = stages(model, channels, task)
     if not groups:

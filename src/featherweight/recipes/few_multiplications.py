@@ -13,19 +13,18 @@ from torch import Tensor, nn
 
 from featherweight.allowed import Amount, Count, Positive, Share
 from featherweight.catalogue import recipe
-from featherweight.core.binary import SignWeights
+from featherweight.core.binary import SignWeights, power_of_two
 from featherweight.core.fit import Optimizers
 from featherweight.core.forms import Affine, Codes, Form, along, attach, forms_of, originals
 from featherweight.core.grids import mean_sizes, rows
 from featherweight.core.ledger import note
 from featherweight.core.norms import settle_norms
-from featherweight.core.site import Site, channel_axis, sites
+from featherweight.core.site import Site, channel_axis
 from featherweight.core.surgery import WhereLinearOrConv2d
 from featherweight.core.task import Task
 from featherweight.core.taught import taught
 from featherweight.ingredients.grid.twn import best_ternary
-from featherweight.quantize import LAYERS, ends_of, without
-from featherweight.recipes.bnn import power_of_two
+from featherweight.quantize import chosen_sites
 
 
 @recipe(
@@ -77,8 +76,7 @@ def few_multiplications(
     Raises:
         CompressionError: nothing is left to quantize.
     """
-    found = sites(model, where, LAYERS)
-    found = without(found, {*ends_of(model, task)} & found.keys()) if keep_first_last else found
+    found = chosen_sites(model, task, where, keep_first_last=keep_first_last)
     step = taught(task, model, teacher_share) if epochs else None
     for site in found.values():
         attach(site.module, _drawn(site, ternary=connect == "ternary"), root=model)

@@ -14,7 +14,8 @@ from featherweight.core.fit import Optimizers
 from featherweight.core.ledger import note
 from featherweight.core.surgery import Layer
 from featherweight.core.task import Batch, Task, device_of, eval_mode, first, to_device
-from featherweight.distill import below, distill, tapped, teacher_of
+from featherweight.core.taught import teacher_of
+from featherweight.distill import below, distill, tapped
 from featherweight.errors import unknown
 from featherweight.ingredients.match.hint import Hint
 from featherweight.ingredients.match.softened import softened

@@ -11,7 +11,8 @@ from featherweight.catalogue import recipe
 from featherweight.core.features import matched
 from featherweight.core.fit import Optimizers
 from featherweight.core.task import Task, first
-from featherweight.distill import Term, below, learn, teacher_of
+from featherweight.core.taught import teacher_of
+from featherweight.distill import Term, below, learn
 from featherweight.ingredients.match.gram_matrices import gram_matrices
 
 

@@ -76,7 +76,7 @@ def fixed_point(values: Tensor, bits: int, places: int, rounding: Rounding) -> T
 
 
 def fits(options: Mapping[str, Any]) -> None:
-    """Refuses weights that would have no place in front of the point: the sign needs one."""
+    """Refuses points that stand more than eight places in front of the number's first bit."""
     for word, places in (("weight_bits", "weight_places"), ("act_bits", "act_places"), ("grad_bits", "grad_places")):
         if options[places] > options[word] + 8:
             limit = limits(options[word], options[places])[1]

@@ -12,8 +12,8 @@ from featherweight.catalogue import recipe
 from featherweight.core.binary import (
     BinaryWeights,
     Start,
+    add_mean,
     channel_dim,
-    constant_part,
     looked_at,
     pad,
     readable,
@@ -25,12 +25,12 @@ from featherweight.core.binary import (
 from featherweight.core.fit import Optimizers
 from featherweight.core.forms import Form, attach
 from featherweight.core.ledger import note
-from featherweight.core.norms import settle_norms
-from featherweight.core.site import Site, channel_axis, sites
+from featherweight.core.norms import fit_and_settle
+from featherweight.core.site import Site, channel_axis
 from featherweight.core.surgery import WhereLinearOrConv2d
 from featherweight.core.task import Task
 from featherweight.core.taught import taught
-from featherweight.quantize import LAYERS, ends_of, without
+from featherweight.quantize import chosen_sites
 
 
 @recipe(
@@ -83,23 +83,19 @@ def horq(
     Raises:
         CompressionError: nothing is left to binarize.
     """
-    found = sites(model, where, LAYERS)
-    found = without(found, {*ends_of(model, task)} & found.keys()) if keep_first_last else found
+    found = chosen_sites(model, task, where, keep_first_last=keep_first_last)
     step = taught(task, model, teacher_share) if epochs else None
     starts = looked_at(model, task, {path: site.module for path, site in found.items()}, calibration_batches)
     for site in found.values():
         binarize(model, site, starts[site.path], order)
     note(f"{len(found)} layers of signs, inputs of order {order}")
-    task.fit(model, task, epochs=epochs, lr=lr, optimizer=optimizer, step=step, label="train on signs")
-    return settle_norms(model, task) if epochs else model
+    return fit_and_settle(model, task, epochs=epochs, lr=lr, optimizer=optimizer, step=step, label="train on signs")
 
 
 def binarize(model: nn.Module, site: Site, start: Start, order: int) -> None:
     """Signs for a layer's weights and inputs; a bias takes over the mean of the input."""
     layer, dim = site.module, channel_dim(site.module)
-    bias = layer._parameters.get("bias")
-    if bias is not None:
-        bias.data += constant_part(site.weight, start.shift, getattr(layer, "groups", 1))
+    add_mean(model, site, start)
     attach(layer, ResidualSigns(start.shift, dim, start.window, order, layer), "input")
     attach(layer, BinaryWeights(channel_axis(site)), root=model)
     if isinstance(layer, nn.Conv2d):

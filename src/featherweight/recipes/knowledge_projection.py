@@ -14,7 +14,8 @@ from featherweight.core.features import exact, features, rows, same_size
 from featherweight.core.fit import Optimizers
 from featherweight.core.ledger import note, show
 from featherweight.core.task import Batch, Task, device_of, eval_mode, first, loss_of, to_device
-from featherweight.distill import Term, learn, named, tapped, teacher_of
+from featherweight.core.taught import teacher_of
+from featherweight.distill import Term, learn, named, tapped
 from featherweight.errors import BadOption
 
 Direction = Literal["t2s", "s2t"]

@@ -14,7 +14,7 @@ from featherweight.catalogue import recipe
 from featherweight.core.fit import Optimizers
 from featherweight.core.ledger import note
 from featherweight.core.task import Batch, Task, device_of, eval_mode, first, prediction, run
-from featherweight.distill import teacher_of
+from featherweight.core.taught import teacher_of
 from featherweight.errors import BadData, BadOption
 from featherweight.ingredients.match.softened import softened
 

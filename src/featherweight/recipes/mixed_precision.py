@@ -25,12 +25,13 @@ from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import MinLen
-from torch import Tensor, nn
+from torch import nn
 
 from featherweight.allowed import Count
 from featherweight.budget import Limit, parse
 from featherweight.catalogue import Slot, fill, recipe
 from featherweight.coding import save
+from featherweight.coding.bits import entropy_bits
 from featherweight.core import measuring
 from featherweight.core.biases import correct_biases
 from featherweight.core.cost import cost
@@ -163,9 +164,8 @@ def _bytes(layer: nn.Module) -> float:
     codes = codes_of(layer)
     if codes is None:
         return float(layer.weight.numel() * 4)  # type: ignore[operator]
-    counts = torch.unique(codes.symbols, return_counts=True)[1].double()
-    share: Tensor = counts / counts.sum()
-    return float(-(counts * share.log2()).sum() / 8) + 4 * len(codes.symbols)
+    counts = torch.unique(codes.symbols, return_counts=True)[1].numpy()
+    return entropy_bits(counts) / 8 + 4 * len(codes.symbols)
 
 
 def _curve(costs: Mapping[str, Sequence[float]], drops: Mapping[str, Sequence[float]], path: str) -> Curve:

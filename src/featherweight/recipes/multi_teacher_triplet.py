@@ -19,7 +19,8 @@ from featherweight.core.fit import Optimizers
 from featherweight.core.ledger import note
 from featherweight.core.surgery import Layer
 from featherweight.core.task import Task, first
-from featherweight.distill import Term, learn, teacher_of
+from featherweight.core.taught import teacher_of
+from featherweight.distill import Term, learn
 from featherweight.ingredients.match.softened import softened
 
 

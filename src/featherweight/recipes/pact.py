@@ -13,7 +13,7 @@ from featherweight.core.fit import Optimizers
 from featherweight.core.forms import Form, activation_forms
 from featherweight.core.grids import ActivationGrid, Seen
 from featherweight.core.ledger import note
-from featherweight.core.norms import settle_norms
+from featherweight.core.norms import fit_and_settle
 from featherweight.core.site import PerLayer
 from featherweight.core.surgery import WhereLinearOrConv2d
 from featherweight.core.task import Batch, Task, loss_of, run
@@ -87,10 +87,10 @@ def pact(
         return terms | {"alpha": pull} if penalty and alphas else terms
 
     start = [float(alpha.detach()) for alpha in alphas]
-    task.fit(model, task, epochs=epochs, lr=lr, optimizer=optimizer, step=step, label="train on the grids")
+    fit_and_settle(model, task, epochs=epochs, lr=lr, optimizer=optimizer, step=step, label="train on the grids")
     moved = [f"{before:.3g} -> {float(alpha.detach()):.3g}" for before, alpha in zip(start, alphas, strict=True)]
     note("alpha, layer by layer: " + ", ".join(moved))
-    return settle_norms(model, task) if epochs else model
+    return model
 
 
 def clipped(seen: Seen, bits: int) -> Form:

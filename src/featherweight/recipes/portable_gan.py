@@ -14,7 +14,8 @@ from featherweight.core.fit import Optimizers
 from featherweight.core.ledger import note
 from featherweight.core.surgery import Layer
 from featherweight.core.task import Batch, Task, device_of, eval_mode, first, loss_of
-from featherweight.distill import named, tapped, teacher_of
+from featherweight.core.taught import teacher_of
+from featherweight.distill import named, tapped
 
 
 @recipe(

@@ -15,7 +15,7 @@ from featherweight.core.fit import Optimizers
 from featherweight.core.ledger import note
 from featherweight.core.surgery import WEIGHTED
 from featherweight.core.task import Batch, Task, device_of, loss_of, prediction, run
-from featherweight.distill import teacher_of
+from featherweight.core.taught import teacher_of
 
 
 @recipe(

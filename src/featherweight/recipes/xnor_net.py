@@ -18,12 +18,12 @@ from featherweight.core.binary import (
 from featherweight.core.fit import Optimizers
 from featherweight.core.forms import attach, take_off
 from featherweight.core.ledger import note
-from featherweight.core.norms import settle_norms
-from featherweight.core.site import Site, channel_axis, sites
+from featherweight.core.norms import fit_and_settle
+from featherweight.core.site import Site, channel_axis
 from featherweight.core.surgery import WhereLinearOrConv2d
 from featherweight.core.task import Task
 from featherweight.core.taught import taught
-from featherweight.quantize import LAYERS, ends_of, without
+from featherweight.quantize import chosen_sites
 
 
 @recipe(
@@ -72,15 +72,13 @@ def xnor_net(
     Raises:
         CompressionError: nothing is left to binarize.
     """
-    found = sites(model, where, LAYERS)
-    found = without(found, {*ends_of(model, task)} & found.keys()) if keep_first_last else found
+    found = chosen_sites(model, task, where, keep_first_last=keep_first_last)
     step = taught(task, model, teacher_share) if epochs else None
     starts = looked_at(model, task, {path: site.module for path, site in found.items()}, calibration_batches)
     for path, site in found.items():
         binarize(model, site, starts[path])
     note(f"{len(found)} layers of signs, with a size for every filter and every place")
-    task.fit(model, task, epochs=epochs, lr=lr, optimizer=optimizer, step=step, label="train on signs")
-    return settle_norms(model, task) if epochs else model
+    return fit_and_settle(model, task, epochs=epochs, lr=lr, optimizer=optimizer, step=step, label="train on signs")
 
 
 def binarize(model: nn.Module, site: Site, start: Start) -> None:
