@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import featherweight.core.task as core
 from featherweight import pipeline
+from featherweight.core.fit import fit
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +66,14 @@ def small_cnn(classes: int = 4) -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(16, classes),
     )
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[nn.Module, core.Task]:
+    """A small network that has learned its task; tests work on copies of it."""
+    torch.manual_seed(0)
+    task = small_task()
+    return fit(small_cnn(), task, epochs=8, lr=0.01).eval(), task
 
 
 class Sentences(nn.Module):

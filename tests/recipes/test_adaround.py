@@ -12,17 +12,10 @@ from featherweight.core.fold import fold_batchnorm
 from featherweight.core.forms import Mask, attach, bake, codes_of
 from featherweight.core.grids import SymmetricGrid
 from featherweight.core.ledger import recording
-from featherweight.core.task import Task, evaluate
+from featherweight.core.task import evaluate
 from featherweight.errors import BadOption
 from featherweight.quantize import quantize
 from featherweight.recipes.adaround import Rounding, adaround, learned, sampled
-
-
-@pytest.fixture(scope="module")
-def trained() -> tuple[nn.Module, Task]:
-    torch.manual_seed(0)
-    task = small_task()
-    return fit(small_cnn(), task, epochs=8, lr=0.01).eval(), task
 
 
 def same(value: Tensor) -> Tensor:

@@ -6,21 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import small_cnn, small_mlp, small_task
+from conftest import small_mlp, small_task
 from featherweight.catalogue import entry
 from featherweight.core.binary import clip, sign_weights
-from featherweight.core.fit import fit
 from featherweight.core.forms import Mask, attach, bake, codes_of, originals
 from featherweight.core.site import Site
 from featherweight.core.task import Task, evaluate
 from featherweight.errors import CompressionError
-
-
-@pytest.fixture(scope="module")
-def trained() -> tuple[nn.Module, Task]:
-    torch.manual_seed(0)
-    task = small_task()
-    return fit(small_cnn(), task, epochs=8, lr=0.01).eval(), task
 
 
 @pytest.mark.parametrize("stochastic", [False, True])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import featherweight as fw
-from conftest import small_cnn, small_mlp, small_task
+from conftest import small_mlp, small_task
 from featherweight.catalogue import entry
 from featherweight.core.binary import SignInput, signs
 from featherweight.core.fit import fit
@@ -22,13 +22,6 @@ from featherweight.core.thresholds import integer_thresholds
 from featherweight.errors import BadData, BadOption
 from featherweight.export import onnx
 from featherweight.recipes.bnn import ShiftAdaMax, power_of_two
-
-
-@pytest.fixture(scope="module")
-def trained() -> tuple[nn.Module, Task]:
-    torch.manual_seed(0)
-    task = small_task()
-    return fit(small_cnn(), task, epochs=8, lr=0.01).eval(), task
 
 
 @pytest.fixture(scope="module")

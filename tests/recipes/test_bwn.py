@@ -9,10 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from conftest import small_cnn, small_task
 from featherweight.catalogue import entry
 from featherweight.core.binary import BinaryWeights
-from featherweight.core.fit import fit
 from featherweight.core.forms import Mask, attach, bake, codes_of
 from featherweight.core.ledger import recording
 from featherweight.core.site import Site
@@ -20,13 +18,6 @@ from featherweight.core.task import Task, evaluate
 from featherweight.errors import BadOption, CompressionError
 from featherweight.export import onnx
 from featherweight.ingredients.grid.bwn import binary
-
-
-@pytest.fixture(scope="module")
-def trained() -> tuple[nn.Module, Task]:
-    torch.manual_seed(0)
-    task = small_task()
-    return fit(small_cnn(), task, epochs=8, lr=0.01).eval(), task
 
 
 @settings(deadline=None)

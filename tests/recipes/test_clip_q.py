@@ -8,23 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from conftest import small_cnn, small_mlp, small_task
+from conftest import small_mlp, small_task
 from featherweight.catalogue import entry
 from featherweight.core.fit import fit
 from featherweight.core.forms import Mask, attach, bake, codes_of
 from featherweight.core.ledger import recording
-from featherweight.core.task import Task, evaluate
+from featherweight.core.task import evaluate
 from featherweight.errors import BadOption, CompressionError
 from featherweight.recipes.clip_q import GRID, ClippedIntervals, minimised
 
 clip_q = entry("clip_q")
-
-
-@pytest.fixture(scope="module")
-def trained() -> tuple[nn.Module, Task]:
-    torch.manual_seed(0)
-    task = small_task()
-    return fit(small_cnn(), task, epochs=8, lr=0.01).eval(), task
 
 
 @settings(deadline=None, max_examples=30)

@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from conftest import small_cnn, small_mlp, small_task
+from conftest import small_cnn, small_mlp
 from featherweight.catalogue import entry
 from featherweight.core.blueprint import blueprint, conform
-from featherweight.core.fit import fit
 from featherweight.core.forms import Mask, activation_form, attach, bake, codes_of
 from featherweight.core.grids import Seen
 from featherweight.core.ledger import recording
@@ -31,13 +30,6 @@ from featherweight.ingredients.grid.dorefa import (
 from featherweight.quantize import quantize
 
 one = torch.ones(())
-
-
-@pytest.fixture(scope="module")
-def trained() -> tuple[nn.Module, Task]:
-    torch.manual_seed(0)
-    task = small_task()
-    return fit(small_cnn(), task, epochs=8, lr=0.01).eval(), task
 
 
 @settings(deadline=None)

@@ -11,21 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import small_cnn, small_task
 from featherweight.catalogue import entry
-from featherweight.core.fit import fit
 from featherweight.core.forms import Mask, attach, bake, codes_of, originals
 from featherweight.core.site import Site
 from featherweight.core.task import Task, evaluate
 from featherweight.errors import UnknownName
 from featherweight.recipes.few_multiplications import TernaryConnect, _drawn, shifted, shifted_back_propagation
-
-
-@pytest.fixture(scope="module")
-def trained() -> tuple[nn.Module, Task]:
-    torch.manual_seed(0)
-    task = small_task()
-    return fit(small_cnn(), task, epochs=8, lr=0.01).eval(), task
 
 
 def needs_multiplier(value: Tensor) -> Tensor:
@@ -154,3 +145,14 @@ def test_masks_and_zero_channels_are_kept(ternary: bool) -> None:
 def test_bad_options(trained: tuple[nn.Module, Task]) -> None:
     with pytest.raises(UnknownName, match="ternary"):
         entry("few_multiplications")(copy.deepcopy(trained[0]), trained[1], connect="ternaryy", epochs=0)
+
+
+def test_shifts_change_what_is_learned(trained: tuple[nn.Module, Task]) -> None:
+    found = {}
+    for shifts in (None, 1, 4):
+        torch.manual_seed(0)
+        small = entry("few_multiplications")(copy.deepcopy(trained[0]), trained[1], shifts=shifts, epochs=1, lr=0.01)
+        found[shifts] = originals(small.get_submodule("3"), "weight")[0].detach()
+    assert not torch.equal(found[None], found[1])
+    assert not torch.equal(found[None], found[4])
+    assert not torch.equal(found[1], found[4])

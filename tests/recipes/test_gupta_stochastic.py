@@ -165,3 +165,33 @@ def test_methods_that_move_biases_know_those_on_grids(then: str) -> None:
         with torch.no_grad():
             found.append(small(task.inputs()[0][0]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+def test_layer_inputs_and_gradients_are_in_fixed_point_while_it_trains() -> None:
+    model, task = small_mlp(), small_task()
+    inputs: list[Tensor] = []
+    grads: list[Tensor] = []
+
+    def watched(network: nn.Module, given: Task, **options) -> nn.Module:
+        layer = network.get_submodule("3")
+        linear = torch.nn.functional.linear
+
+        def look(x: Tensor) -> Tensor:
+            inputs.append(x.detach().clone())
+            out = linear(x, layer.weight, layer.bias)
+            if out.requires_grad:
+                out.register_hook(lambda grad: grads.append(grad.clone()))
+            return out
+
+        layer.forward = look  # what the product itself is given, and what is given back to it
+        try:
+            return fit(network, given, **options)
+        finally:
+            del layer.__dict__["forward"]
+
+    object.__setattr__(task := copy.copy(task), "fit", watched)
+    entry("gupta_stochastic")(model, task, act_bits=8, act_places=4, grad_bits=12, grad_places=8, epochs=1)
+    assert len(inputs) == len(grads) == 3
+    for values, eps in ((inputs, 2.0**-4), (grads, 2.0**-8)):
+        assert all(torch.equal(one / eps, (one / eps).round()) for one in values)
+        assert any(one.any() for one in values)

@@ -26,13 +26,6 @@ from featherweight.recipes import xnor_net
 from featherweight.recipes.horq import ResidualSigns, residual_signs
 
 
-@pytest.fixture(scope="module")
-def trained() -> tuple[nn.Module, Task]:
-    torch.manual_seed(0)
-    task = small_task()
-    return fit(small_cnn(), task, epochs=8, lr=0.01).eval(), task
-
-
 @settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 5), st.integers(0, 50))
 def test_each_order_takes_off_n_times_its_size_squared(n: int, terms: int, seed: int) -> None:

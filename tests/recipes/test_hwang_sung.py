@@ -9,9 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from conftest import small_cnn, small_task
 from featherweight.catalogue import entry
-from featherweight.core.fit import fit
 from featherweight.core.forms import Mask, activation_form, attach, bake, codes_of
 from featherweight.core.grids import ActivationGrid
 from featherweight.core.ledger import recording
@@ -19,13 +17,6 @@ from featherweight.core.levels import FixedGrid
 from featherweight.core.task import Task, evaluate
 from featherweight.errors import BadData, BadOption, CompressionError
 from featherweight.recipes.hwang_sung import alternate, least_squares_step, refine, rounded
-
-
-@pytest.fixture(scope="module")
-def trained() -> tuple[nn.Module, Task]:
-    torch.manual_seed(0)
-    task = small_task()
-    return fit(small_cnn(), task, epochs=8, lr=0.01).eval(), task
 
 
 def error(weights: Tensor, step: float, levels: int) -> float:
@@ -145,3 +136,20 @@ def test_signals_can_stay_float_and_impossible_options_are_refused(trained: tupl
         entry("hwang_sung")(broken, task)
     with pytest.raises(BadData, match="calibration data are empty"):
         entry("hwang_sung")(copy.deepcopy(model), Task(train=task.train, valid=task.valid, calibration=[]))
+
+
+def test_the_recipe_takes_the_factor_that_the_metric_prefers(trained: tuple[nn.Module, Task]) -> None:
+    """A metric that wants small weights: of all candidates the smallest step wins in every layer."""
+    model = copy.deepcopy(trained[0])
+
+    def small_weights(network: nn.Module) -> float:
+        return -sum(float(network.get_submodule(path).weight.detach().abs().max()) for path in ("0", "3", "8"))
+
+    task = Task(train=trained[1].train, valid=trained[1].valid, evaluate=small_weights)
+    with recording() as ledger:
+        small = entry("hwang_sung")(model, task, epochs=0, candidates=5, signal_bits=None)
+    rows = {row["layer"]: row for row in ledger.tables["steps"]}
+    assert [row["factor"] for row in rows.values()] == [pytest.approx(0.6)] * 3
+    for path in ("0", "3"):
+        step = least_squares_step(trained[0].get_submodule(path).weight.detach(), 3)[0]
+        assert float(small.get_submodule(path).weight.detach().abs().max()) == pytest.approx(0.6 * step, rel=1e-5)

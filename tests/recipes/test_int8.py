@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import featherweight as fw
-from conftest import small_cnn, small_task
 from featherweight import zoo
 from featherweight.catalogue import entry
-from featherweight.core.fit import fit
 from featherweight.core.forms import Affine, activation_forms, bake, codes_of, mask_of
 from featherweight.core.ledger import recording
 from featherweight.core.task import Task, evaluate
@@ -35,13 +33,6 @@ def fused_operators(path: Path, folder: Path) -> list[str]:
 
 def task_of(x: Tensor) -> Task:
     return Task(valid=[(x, torch.zeros(len(x), dtype=torch.long))], calibration=[(x,)])
-
-
-@pytest.fixture(scope="module")
-def trained() -> tuple[nn.Module, Task]:
-    torch.manual_seed(0)
-    task = small_task()
-    return fit(small_cnn(), task, epochs=8, lr=0.01).eval(), task
 
 
 def test_a_trained_network_keeps_its_metric_and_runs_on_integers(

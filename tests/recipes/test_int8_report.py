@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import Batches, blobs, small_cnn, small_task
+from conftest import Batches, blobs
 from featherweight.core.biases import correct_biases
 from featherweight.core.decibels import decibels
-from featherweight.core.fit import fit
 from featherweight.core.fold import fold_batchnorm
 from featherweight.core.forms import bake, codes_of
 from featherweight.core.ledger import Ledger, recording
@@ -19,13 +18,6 @@ from featherweight.core.walk import by_channel, inputs_and_outputs, joined, plai
 from featherweight.errors import BadData, BadOption
 from featherweight.quantize import quantize
 from featherweight.recipes.int8 import int8
-
-
-@pytest.fixture(scope="module")
-def trained() -> tuple[nn.Module, Task]:
-    torch.manual_seed(0)
-    task = small_task()
-    return fit(small_cnn(), task, epochs=8, lr=0.01).eval(), task
 
 
 def run(trained: tuple[nn.Module, Task], **options) -> tuple[nn.Module, Ledger]:

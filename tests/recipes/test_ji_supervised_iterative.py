@@ -7,24 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import small_cnn, small_task
 from featherweight.catalogue import entry
-from featherweight.core.fit import fit
 from featherweight.core.forms import Mask, activation_form, attach, bake
 from featherweight.core.grids import ActivationGrid
 from featherweight.core.ledger import recording
-from featherweight.core.task import Task
 from featherweight.errors import BadOption, CompressionError
 
 ji = entry("ji_supervised_iterative")
 LAYERS = (0, 3, 8)
-
-
-@pytest.fixture(scope="module")
-def trained() -> tuple[nn.Module, Task]:
-    torch.manual_seed(0)
-    task = small_task()
-    return fit(small_cnn(), task, epochs=8, lr=0.01).eval(), task
 
 
 def losses(notes: list[str]) -> list[tuple[float, float]]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import featherweight as fw
-from conftest import small_cnn, small_task
+from conftest import small_cnn
 from featherweight.catalogue import entry
 from featherweight.core.blueprint import blueprint, conform
 from featherweight.core.fit import fit
@@ -29,13 +29,6 @@ from featherweight.ingredients.grid.lsq import (
     lsq_tensor,
     lsq_weights,
 )
-
-
-@pytest.fixture(scope="module")
-def trained() -> tuple[nn.Module, Task]:
-    torch.manual_seed(0)
-    task = small_task()
-    return fit(small_cnn(), task, epochs=8, lr=0.01).eval(), task
 
 
 @settings(deadline=None)

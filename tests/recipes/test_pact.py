@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import featherweight as fw
-from conftest import small_cnn, small_task
+from conftest import small_cnn
 from featherweight.catalogue import entry
 from featherweight.core.blueprint import blueprint, conform
-from featherweight.core.fit import fit
 from featherweight.core.forms import activation_form, bake
 from featherweight.core.grids import ActivationGrid, Seen
 from featherweight.core.ledger import recording
@@ -21,13 +20,6 @@ from featherweight.core.task import Task, evaluate
 from featherweight.errors import BadOption
 from featherweight.export import onnx
 from featherweight.recipes.pact import ClippedActivations, clipped
-
-
-@pytest.fixture(scope="module")
-def trained() -> tuple[nn.Module, Task]:
-    torch.manual_seed(0)
-    task = small_task()
-    return fit(small_cnn(), task, epochs=8, lr=0.01).eval(), task
 
 
 @settings(deadline=None)

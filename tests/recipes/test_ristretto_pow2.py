@@ -3,27 +3,17 @@
 import copy
 import math
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from conftest import small_cnn, small_task
 from featherweight.catalogue import entry
-from featherweight.core.fit import fit
 from featherweight.core.forms import Mask, attach, bake, codes_of
 from featherweight.core.ledger import recording
 from featherweight.core.levels import Levels
 from featherweight.core.task import Task, evaluate
 from featherweight.recipes.ristretto import power_levels
-
-
-@pytest.fixture(scope="module")
-def trained() -> tuple[nn.Module, Task]:
-    torch.manual_seed(0)
-    task = small_task()
-    return fit(small_cnn(), task, epochs=8, lr=0.01).eval(), task
 
 
 @settings(deadline=None)

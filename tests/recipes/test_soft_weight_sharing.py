@@ -9,14 +9,11 @@ import pytest
 import torch
 from scipy.special import logsumexp
 from scipy.stats import gamma, norm
-from torch import nn
 
-from conftest import small_cnn, small_task
 from featherweight.catalogue import entry
-from featherweight.core.fit import fit
 from featherweight.core.forms import Mask, attach, bake
 from featherweight.core.ledger import recording
-from featherweight.core.task import Task, evaluate
+from featherweight.core.task import evaluate
 from featherweight.errors import BadData, CompressionError
 from featherweight.recipes import soft_weight_sharing as module
 from featherweight.recipes.soft_weight_sharing import Mixture, divergence, merged, responsible
@@ -24,13 +21,6 @@ from featherweight.recipes.soft_weight_sharing import Mixture, divergence, merge
 sws = entry("soft_weight_sharing")
 LAYERS = (0, 3, 8)
 FAST = {"epochs": 12, "zero_share": 0.5, "precision_lr": 0.2, "mean_lr": 0.02}
-
-
-@pytest.fixture(scope="module")
-def trained() -> tuple[nn.Module, Task]:
-    torch.manual_seed(0)
-    task = small_task()
-    return fit(small_cnn(), task, epochs=8, lr=0.01).eval(), task
 
 
 @pytest.fixture

@@ -10,22 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from conftest import small_cnn, small_task
+from conftest import small_task
 from featherweight.catalogue import entry
-from featherweight.core.fit import fit
 from featherweight.core.forms import Mask, attach, bake, codes_of
 from featherweight.core.site import Site
 from featherweight.core.task import Task, evaluate
 from featherweight.errors import BadOption, MissingNeed
 from featherweight.export import onnx
 from featherweight.ingredients.grid.twn import TernaryWeights, ternary
-
-
-@pytest.fixture(scope="module")
-def trained() -> tuple[nn.Module, Task]:
-    torch.manual_seed(0)
-    task = small_task()
-    return fit(small_cnn(), task, epochs=8, lr=0.01).eval(), task
 
 
 def error(form: TernaryWeights, weight: Tensor) -> float:

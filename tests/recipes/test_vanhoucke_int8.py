@@ -120,7 +120,7 @@ def test_pairs_that_may_saturate_are_noted_and_avoided(trained: tuple[nn.Module,
 
 
 @pytest.mark.parametrize("largest", [127, 64])
-def test_the_onnx_file_computes_in_integers(trained: tuple[nn.Module, Task], largest: int, tmp_path: Path) -> None:
+def test_the_onnx_file_holds_bytes_and_grids(trained: tuple[nn.Module, Task], largest: int, tmp_path: Path) -> None:
     model, task = trained
     small = entry("vanhoucke_int8")(copy.deepcopy(model), task, largest=largest)
     report = onnx(small, tmp_path / "m.onnx", example_inputs=task.inputs())

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import featherweight as fw
-from conftest import small_cnn, small_mlp, small_task
+from conftest import small_mlp, small_task
 from featherweight.catalogue import entry
 from featherweight.core.binary import SizedSignInput, Start, TimesSize, signs
 from featherweight.core.fit import fit
@@ -20,13 +20,6 @@ from featherweight.core.task import Task, evaluate
 from featherweight.errors import CompressionError
 from featherweight.export import onnx
 from featherweight.recipes.xnor_net import binarize
-
-
-@pytest.fixture(scope="module")
-def trained() -> tuple[nn.Module, Task]:
-    torch.manual_seed(0)
-    task = small_task()
-    return fit(small_cnn(), task, epochs=8, lr=0.01).eval(), task
 
 
 def binary(conv: nn.Conv2d) -> nn.Conv2d:
