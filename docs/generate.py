@@ -1,5 +1,7 @@
 """Writes the generated pages: `methods.md` from the catalogue, `results.md` from the results of the benchmarks.
 
+The tables in `pruning.md` and `quantization.md` come from the catalogue, results and a file of facts each.
+
 Also the keys and the example in `recipes.md`, and the JSON schema of recipes.
 """
 
@@ -116,6 +118,64 @@ def pruning(page: str) -> str:
     return f"{before}<!-- table -->\n{text}\n<!-- /table -->" + rest.split("<!-- /table -->")[1]
 
 
+def filled(page: str, parts: dict[str, list[str]]) -> str:
+    """A page with what stands between its marks put in anew."""
+    for name, lines in parts.items():
+        before, rest = page.split(f"<!-- {name} -->")
+        text = "\n".join(lines)
+        page = f"{before}<!-- {name} -->\n{text}\n<!-- /{name} -->" + rest.split(f"<!-- /{name} -->")[1]
+    return page
+
+
+def formats() -> list[str]:
+    """Every number format with its bits and errors on random weights, and what executes it."""
+    facts = json.loads((HERE / "quantization_facts.json").read_text())
+    found = json.loads((RESULTS / "rate_distortion.json").read_text())["formats"]
+    rows = []
+    for normal, other in zip(found[::2], found[1::2], strict=True):
+        what, runs = facts[normal["format"].partition(", ")[0]]
+        figures = [f"{one[key]:.3g}" for one in (normal, other) for key in ("coded bits", "error", "above")]
+        rows.append([normal["format"], what, f"{normal['fixed bits']:.2f}", *figures, runs])
+    head = [
+        "format, bits",
+        "what it is",
+        "fixed",
+        "coded, normal",
+        "error",
+        "above",
+        "coded, Laplacian",
+        "error",
+        "above",
+    ]
+    return table([*head, "what executes it"], rows)
+
+
+def executors() -> list[str]:
+    """What `accelerate` puts in."""
+    rows = [[f"`{one.id}`", one.doc, one.paper] for one in entries("executor").values()]
+    return table(["executor", "takes", "paper"], rows)
+
+
+def speed() -> list[str]:
+    """Layers of signs: the columns that matter."""
+    keys = ["layer", "threads", "ms, float", "ms, packed", "float / packed", "float / packed, processor's time"]
+    keys += ["float / packed, fastest rounds", "naive loop, one thread / packed", "of the popcount limit"]
+    rows = json.loads((RESULTS / "xnor_speed.json").read_text())["table"]
+    return table(keys, [[f"{row[k]:.3g}" if isinstance(row[k], float) else row[k] for k in keys] for row in rows])
+
+
+def quantization(page: str) -> str:
+    """The page about quantization with its tables as they are now."""
+    rows = []
+    for entry in (*entries(family="quantize").values(), *entries(family="share").values()):
+        if entry.kind != "verb":
+            needs, shrinks = (", ".join(sorted(found)) or "-" for found in (entry.needs, entry.shrinks))
+            rows.append([f"`{entry.id}`", entry.family, entry.kind, needs, shrinks, measured(entry.id), entry.doc])
+    head = ["id", "family", "kind", "needs", "makes smaller", "measured", "what it does"]
+    parts = {"formats": formats(), "executors": executors(), "speed": speed(), "table": table(head, rows)}
+    return filled(page, parts)
+
+
 def measured(name: str) -> str:
     """What experiments that start with this method came to."""
     told_of_all = []
@@ -136,6 +196,7 @@ def measured(name: str) -> str:
 
 if __name__ == "__main__":
     (HERE / "pruning.md").write_text(pruning((HERE / "pruning.md").read_text()))
+    (HERE / "quantization.md").write_text(quantization((HERE / "quantization.md").read_text()))
     (HERE / "methods.md").write_text(methods())
     (HERE / "results.md").write_text(results())
     (HERE / "recipes.md").write_text(recipes((HERE / "recipes.md").read_text()))
