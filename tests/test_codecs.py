@@ -6,6 +6,7 @@ import inspect
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,6 +124,28 @@ def test_bad_input_is_refused(name):
         fw.codec(name, block=0)
 
 
+@each
+def test_what_was_never_sent_is_refused(name):
+    codec = fw.codec(name, block=2)
+    packed = codec.encode(torch.tensor([1.0, -0.5, 2.0]))
+    for bad in (float("nan"), float("inf"), -1.0):
+        scales = torch.tensor([1.0, bad])
+        with pytest.raises(BadData, match="not finite, or below zero"):
+            codec.decode(replace(packed, scales=scales))
+        with pytest.raises(BadData, match="one for each"):
+            codec.encode(torch.ones(3), scales)
+    for scales in (torch.ones(()), torch.ones(3), torch.ones(2, 1)):
+        with pytest.raises(BadData, match="scales are no tensor of the shape"):
+            codec.decode(replace(packed, scales=scales))
+        with pytest.raises(BadData, match="for 2 blocks: give one for each"):
+            codec.encode(torch.ones(3), scales)
+    whole = replace(codec, table=codec.table[:100])
+    with pytest.raises(BadData, match="has 100 numbers, given the code 100"):
+        whole.decode(replace(packed, codes=torch.tensor([0, 99, 100], dtype=torch.uint8)))
+    with pytest.raises(BadData, match="not finite"):  # the mark is all scales and codes of zero
+        codec.decode(replace(packed, codes=torch.ones_like(packed.codes), scales=torch.full((2,), torch.nan)))
+
+
 def test_an_unknown_codec_is_answered_with_the_nearest():
     with pytest.raises(UnknownName, match="dettmers8_linear"):
         fw.codec("dettmers8_linea")
@@ -217,6 +240,40 @@ for name in (None, "dettmers8_dynamic_tree"):
 print(json.dumps({**reached, "sent": sent / 12 / (4 * len(mine))}))
 dist.destroy_process_group()
 """
+
+
+BROKEN = """
+import sys
+import torch
+import torch.distributed as dist
+from featherweight.coding import codec
+
+
+class Bucket:
+    def __init__(self, values):
+        self.values = values
+
+    def buffer(self):
+        return self.values
+
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method="file://" + folder + "/meet", rank=rank, world_size=2)
+packer = codec("dettmers8_linear", block=4)
+for bad in (float("nan"), float("inf")):
+    mean = packer.exchange(None, Bucket(torch.tensor([1.0] * 5 + [bad if rank else 1.0]))).value()
+    assert bool(mean.isnan().all()), mean
+    assert torch.equal(packer.exchange(None, Bucket(torch.ones(6))).value(), torch.ones(6))
+dist.destroy_process_group()
+"""
+
+
+def test_what_one_process_cannot_encode_is_nan_on_all(tmp_path):
+    commands = [[sys.executable, "-c", BROKEN, str(rank), str(tmp_path)] for rank in range(2)]
+    runs = [subprocess.Popen(one, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for one in commands]
+    errors = [one.communicate(timeout=240)[1] for one in runs]
+    assert [one.returncode for one in runs] == [0, 0], errors
 
 
 def test_two_processes_train_alike_on_gradients_that_travel_as_bytes(tmp_path):

@@ -240,6 +240,9 @@ def nested(depth: int) -> dict:
     return linear() if depth == 0 else {"type": "Sequential", "layers": {"0": nested(depth - 1)}}
 
 
+LARGE = {"in_features": 1 << 14, "out_features": 1 << 14}
+
+
 def hashed(*structure: object, **args: object) -> dict:
     sizes = {"in_features": 8, "out_features": 4, "bias": False, "structure": list(structure)}
     return {"type": "StructuredLinear", "args": {**sizes, **args}}
@@ -263,6 +266,10 @@ SWAPS = {
     "a matrix of 2^40 entries from one": (
         hashed("hashed", 1, 0, in_features=1 << 20, out_features=1 << 20),
         "1 to 268435456",
+    ),
+    "matrices of 2^29 entries together": (
+        {"type": "Sequential", "layers": {str(i): hashed("hashed", 1, 0, **LARGE) for i in range(2)}},
+        "of 536870912 entries, and those of a file may have 1 to 268435456 together",
     ),
     "a matrix of nothing": (hashed("hashed", 1, 0, in_features=0), "1 to 268435456"),
     "a huge layer": (linear(in_features=1 << 50), "1125899906842624 as in_features"),

@@ -26,6 +26,10 @@ SECONDS = 2.0
 IDENTITY = {"type": "Identity", "args": {}}
 CONV = {"type": "Conv2d", "args": {"in_channels": 1, "out_channels": 1, "kernel_size": 1}}
 NORM = {"type": "BatchNorm1d", "args": {"num_features": 1}}
+LARGE: dict[str, Any] = {
+    "type": "StructuredLinear",
+    "args": {"in_features": 1 << 14, "out_features": 1 << 14, "bias": False, "structure": ["hashed", 1, 0]},
+}
 LSTM: dict[str, Any] = {"type": "LSTM", "args": {"input_size": 1, "hidden_size": 1, "num_layers": 250}}
 Change = Callable[[dict[str, Any]], object]
 
@@ -86,6 +90,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a deep chain": (long_chain, "more than 64 deep"),
     "a deep path": (modules(**{"__".join("a" * depth): 0 for depth in range(1, 80)}), "no path of a module"),
     "too many layers": (modules(**{f"m{i}": IDENTITY for i in range(MOST)}), f"more than the {MOST} layers"),
+    "structured layers that are too large together": (modules(m=LARGE, n=LARGE), "of 536870912 entries, and those of"),
     "too many recurrent layers": (modules(**{f"m{i}": LSTM for i in range(9)}), f"more than the {MOST} layers"),
     "a recurrent layer without end": (modules(head=LSTM | {"args": LSTM["args"] | {"num_layers": 300}}), "300 as num"),
     "a layer that is a word": (modules(m="Linear"), "'m' as 'Linear', which is no layer"),

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from featherweight.core.arguments import agrees
-from featherweight.core.layers import LEAVES, build_layer, count_layers, layer_spec
+from featherweight.core.layers import LEAVES, build_layer, check_entries, count_layers, layer_spec, structured_entries
 from featherweight.core.recurrent import shared
 from featherweight.core.structured import StructuredEmbedding, StructuredLinear, from_dense
 from featherweight.errors import FormatError
@@ -118,6 +118,16 @@ def on_a_sequential() -> nn.Module:
 def test_a_layer_that_has_more_than_its_arguments_say_is_refused(make: Callable[[], nn.Module], says: str) -> None:
     with pytest.raises(FormatError, match=says):
         layer_spec(make())
+
+
+def test_entries_of_structured_layers_are_counted_as_they_are_made() -> None:
+    plain = nn.Linear(6, 4), nn.Conv2d(4, 6, (3, 2), groups=2), nn.Embedding(5, 3)
+    specs = [layer_spec(from_dense(layer, ("circulant", 0))) for layer in plain]
+    assert [structured_entries(spec) for spec in specs] == [layer.weight.numel() for layer in plain] == [24, 72, 15]
+    both = layer_spec(nn.Sequential(nn.Sequential(from_dense(plain[0], ("circulant", 0))), nn.Linear(2, 2)))
+    assert structured_entries(both) == 24
+    with pytest.raises(FormatError, match="1 to 268435456 together"):
+        check_entries([{"type": "StructuredLinear", "args": {"in_features": 1 << 14, "out_features": 1 << 14}}, both])
 
 
 def test_both_directions_of_a_recurrent_layer_are_counted() -> None:

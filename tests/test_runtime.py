@@ -384,6 +384,38 @@ def test_sizes_beside_the_signs_are_kept(layer):
         assert torch.equal(fast(x), layer(x))
 
 
+class Called(nn.Module):
+    """Calls the same layer in two ways."""
+
+    def __init__(self, ways: str) -> None:
+        super().__init__()
+        self.ways, self.fc = ways, coded(0, 4, 4, 4, 16, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for way in self.ways:
+            x = self.fc(input=x) if way == "k" else self.fc(x)
+        return x
+
+
+@pytest.mark.parametrize("ways", ["k", "pk"])
+def test_a_layer_called_by_keyword_stays_float(ways):
+    model = Called(ways).eval()
+    x = torch.randn(3, model.fc.in_features)
+    with recording() as ledger:
+        fast = fw.accelerate(model, x, keep_slower=True)
+    assert ledger.skipped["fc"] == "it is called by keyword"
+    assert torch.equal(fast(x), model(x).detach())
+
+
+def test_double_precision_stays_float(model):
+    double, x = model.double(), EXAMPLE.double()
+    with recording() as ledger:
+        fast = fw.accelerate(double, x, keep_slower=True)
+    assert executed(fast) == []
+    assert all("packed layers in float32" in ledger.skipped[name] for name in ("signs", "planes", "bytes", "tables"))
+    assert torch.equal(fast(x), double(x).detach())
+
+
 def test_soft_weights_are_baked_in_the_copy_alone():
     from featherweight.ingredients.grid.dorefa import DoReFaWeights
 

@@ -7,9 +7,9 @@ from torch import nn
 import featherweight as fw
 from conftest import small_mlp, small_task
 from featherweight.catalogue import entry
-from featherweight.core.displacements import ToeplitzLike
+from featherweight.core.displacements import Displaced, ToeplitzLike
 from featherweight.core.structured import StructuredLinear, from_dense
-from featherweight.core.structures import near
+from featherweight.core.structures import Structure, near
 from featherweight.errors import BadOption, CompressionError
 from structured_layers import check_structure
 
@@ -83,6 +83,30 @@ def test_steps_towards_the_weight_bring_it_nearer_and_more_rank_is_nearer():
     assert lost == sorted(lost, reverse=True)
     assert lost[0] < 1
     assert lost[-1] < 0.35
+
+
+@pytest.mark.parametrize("shape", [(7, 7), (6, 17), (13, 4), (1, 3), (1, 1), (8, 300)])
+def test_the_matrix_is_what_its_product_multiplies_by_and_squares_are_made_one_by_one(shape):
+    made = ToeplitzLike(*shape, min(2, *shape))
+    free = {name: torch.randn(size).double() for name, size in made.shapes().items()}
+    product = made.product(torch.eye(shape[1]).double(), free).T
+    torch.testing.assert_close(made.matrix(free), product, rtol=1e-9, atol=1e-9)
+    single = {name: value.float() for name, value in free.items()}
+    torch.testing.assert_close(made.matrix(single).double(), product, rtol=1e-4, atol=1e-5)
+    beside = made.grid[1]
+    assert made.making() == made.grid[0] * beside * ToeplitzLike(min(shape), min(shape), made.rank).making()
+
+
+def test_a_convolution_is_made_with_far_fewer_multiplications_than_column_by_column():
+    made = ToeplitzLike(64, 576, 4)
+    assert made.making() < 0.06 * made.macs(576)
+
+
+@pytest.mark.parametrize("word", sorted(word for word, kind in Structure.known.items() if issubclass(kind, Displaced)))
+def test_a_layer_of_one_entry_starts(word):
+    layer = StructuredLinear(1, 1, True, (word, 1))
+    assert bool(layer(torch.ones(2, 1)).isfinite().all())
+    assert float(layer.dense().detach().abs()) == pytest.approx(3**-0.5, rel=1e-4)
 
 
 def test_gradients_agree_with_finite_differences():

@@ -32,7 +32,7 @@ from featherweight.core.forms import (
     originals,
     own_modules,
 )
-from featherweight.core.layers import build_layer, check_swaps, layer_spec
+from featherweight.core.layers import build_layer, check_entries, check_swaps, layer_spec
 from featherweight.core.wire_data import wiring_data, wiring_from
 from featherweight.core.wired import Wired
 from featherweight.errors import BadData, unknown
@@ -63,6 +63,7 @@ def structure(model: nn.Module) -> dict[str, Any]:
     for path, module in swapped(model).items():
         earlier = first.setdefault(id(module), path)
         swaps[path] = layer_spec(module) if earlier == path else {"same": earlier}
+    check_entries(swaps.values())
     # a layer that was swapped, before or after its attributes changed, is described by what it is now
     inside = tuple(f"{path}." for path in swaps)
     changed = getattr(model, "_fw_edits", {})

@@ -52,7 +52,9 @@ class Displaced(Structure):
 
     def start(self, std: float) -> dict[str, Tensor]:
         free = {name: torch.randn(shape) for name, shape in self.shapes().items()}
-        scale = math.sqrt(std / float(self.matrix(free).std(correction=0)))
+        made = self.matrix(free)
+        spread = float(made.std(correction=0)) or float(made.square().mean().sqrt())  # a single entry has none
+        scale = math.sqrt(std / spread) if spread else 1.0
         return {name: value * scale for name, value in free.items()}
 
     def project(self, matrix: Tensor) -> dict[str, Tensor]:
@@ -101,8 +103,9 @@ class ToeplitzLike(Displaced):
         return down(squares, 1) - left(squares, -1)
 
     def matrix(self, free: Free) -> Tensor:
-        eye = torch.eye(self.columns, dtype=free["left"].dtype, device=free["left"].device)
-        return self.product(eye, free).T
+        g, h = whole(free["left"]), whole(free["right"])
+        roots, turned = shift_values(self.n, g, -1)
+        return self.joined(untwisted(g.mT @ h, roots[:, None] - turned)).to(free["left"].dtype)
 
     def portable(self, free: Free, one: Tensor) -> Tensor:
         products = circulant(free["left"], 1) @ circulant(free["right"].flip(-1), -1)
@@ -120,7 +123,7 @@ class ToeplitzLike(Displaced):
         return 0.5 * torch.fft.irfft(summed, n=n).flatten(-2)[..., : self.rows].to(x.dtype)
 
     def making(self) -> int:
-        return self.macs(self.columns)
+        return math.prod(self.grid) * (self.rank * self.n**2 + untwisting(self.n))
 
     def macs(self, vectors: int) -> int:
         (below, beside), n = self.grid, self.n
@@ -174,16 +177,10 @@ class Shifted(MadeWhole):
         return squares - down(moved, 1)
 
     def solve(self, displaced: Tensor) -> Tensor:
-        n = self.n
-        eta = root_powers(n, displaced)
-        values = root_powers(n, displaced).square()  # n-th roots of 1: what Z_1 multiplies transforms by, conjugated
-        shift = values.conj() if self.way > 0 else values
-        turn = torch.polar(torch.ones_like(eta.real[:1]), eta.real.new_tensor([self.way * math.pi / n]))
-        kernel = 1 - torch.outer(values.conj(), turn * shift)
-        return (eta.conj() * torch.fft.ifft2(torch.fft.fft2(eta * displaced) / kernel)).real
+        return untwisted(displaced, 1 - torch.outer(*shift_values(self.n, displaced, self.way)))
 
     def solving(self) -> int:
-        return 8 * self.n * transform(self.n) + 8 * self.n**2
+        return untwisting(self.n)
 
 
 @final
@@ -308,6 +305,28 @@ def circulant(vectors: Tensor, f: int) -> Tensor:
     lines = torch.cat([vectors.flip(-1), f * vectors.flip(-1)], -1)  # lines[k] = Z_f(v)[i, j] where k = n - 1 - i + j
     rows = lines[..., None, :].expand(*lines.shape[:-1], n + 1, 2 * n).flatten(-2)
     return rows[..., : n * (2 * n + 1)].unflatten(-1, (n, 2 * n + 1))[..., :n].flip(-2)
+
+
+def shift_values(n: int, like: Tensor, way: int) -> tuple[Tensor, Tensor]:
+    """What transforms are multiplied by where rows move down (Z_1), and where columns move and turn their signs.
+
+    The columns' transform is that of their product with `root_powers`; way: 1 right (Z_-1^T), -1 left (Z_-1).
+    """
+    eta = root_powers(n, like)
+    values = eta.square()  # n-th roots of 1
+    turn = torch.polar(torch.ones_like(eta.real[:1]), eta.real.new_tensor([way * math.pi / n]))
+    return values.conj(), turn * (values.conj() if way > 0 else values)
+
+
+def untwisted(displaced: Tensor, kernel: Tensor) -> Tensor:
+    """The squares whose transforms (see `shift_values`), times the kernel, are those of their displacements."""
+    eta = root_powers(displaced.shape[-1], displaced)
+    return (eta.conj() * torch.fft.ifft2(torch.fft.fft2(eta * displaced) / kernel)).real
+
+
+def untwisting(n: int) -> int:
+    """Multiplications that `untwisted` takes for a square."""
+    return 8 * n * transform(n) + 8 * n**2
 
 
 def down(squares: Tensor, f: int) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from featherweight.core.arguments import fits
 from featherweight.core.forms import foreign
 from featherweight.core.recurrent import SETTINGS, SharedRecurrent
 from featherweight.core.structured import StructuredConv2d, StructuredEmbedding, StructuredLinear
+from featherweight.core.structures import MOST as ENTRIES
 from featherweight.errors import FeatherweightError, FormatError, shown
 
 # The layers that a file may name, with the constructor arguments that their attributes hold.
@@ -73,6 +76,8 @@ LEAVES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
 }
 DEEPEST = 8  # Sequentials that may stand inside one another
 MOST = 1 << 13  # layers that a file may describe, those of a layer that stands at several paths counted at each
+STRUCTURED = tuple(kind.__name__ for kind in (StructuredLinear, StructuredConv2d, StructuredEmbedding))
+MATRIX = ("in_features", "out_features", "in_channels", "out_channels", "num_embeddings", "embedding_dim")
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 TYPES: dict[type[nn.Module], str] = {t: name for name, (t, _) in LEAVES.items()}
 
@@ -205,12 +210,39 @@ def count_layers(spec: Any, depth: int = 0) -> int:
     return 1 + sum(count_layers(inner, depth + 1) for inner in layers.values())
 
 
+def structured_entries(spec: Any, depth: int = 0) -> int:
+    """The entries of all matrices that the structures of a spec make: a few numbers of a file ask for them."""
+    layers, args = (spec.get("layers"), spec.get("args")) if isinstance(spec, dict) else (None, None)
+    if isinstance(layers, dict) and depth <= DEEPEST:
+        return sum(structured_entries(inner, depth + 1) for inner in layers.values())
+    if not isinstance(args, dict) or spec.get("type") not in STRUCTURED:
+        return 0
+    kernel = args.get("kernel_size")
+    sizes = [args.get(key) for key in MATRIX] + (kernel[:2] if isinstance(kernel, list) else 2 * [kernel])
+    groups = args.get("groups")
+    most = math.prod(size for size in sizes if isinstance(size, int) and size > 0)
+    return most // (groups if isinstance(groups, int) and groups > 0 else 1)
+
+
+def check_entries(specs: Iterable[Any]) -> None:
+    """Checks how much memory the structured layers of a file would take once they are made.
+
+    Raises:
+        FormatError: together they have more entries than one matrix may have.
+    """
+    if (found := sum(structured_entries(spec) for spec in specs)) > ENTRIES:
+        told = f"structured layers of {found} entries, and those of a file may have 1 to {ENTRIES} together"
+        raise FormatError(f"the network or file describes {told}: choose fewer layers")
+
+
 def check_swaps(swaps: dict[str, Any]) -> None:
     """Checks what can be checked before anything is built: how many layers, and that none stands inside another.
 
     Raises:
-        FormatError: there are too many, a path lies inside another one, or a layer is the same as one not described.
+        FormatError: there are too many, a path lies inside another one, or a layer is the same as one not described;
+            or structured layers are too large together.
     """
+    check_entries(spec for spec in swaps.values() if "same" not in spec)
     sizes = {path: count_layers(spec) for path, spec in swaps.items() if "same" not in spec}
     total = 0
     for path, spec in swaps.items():

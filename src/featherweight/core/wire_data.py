@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from featherweight.core.forms import ACTIVATIONS, own_modules
 from featherweight.core.layers import MOST as MOST_LAYERS
-from featherweight.core.layers import build_layer, count_layers, layer_spec, plain_name
+from featherweight.core.layers import build_layer, check_entries, count_layers, layer_spec, plain_name
 from featherweight.core.operators import SIZES, arity, schema_types
 from featherweight.core.wired import (
     Device,
@@ -103,6 +103,7 @@ def _modules(wired: Wired) -> dict[str, Any]:
         else:
             found[path] = layer_spec(module)
             layers.add(path)
+    check_entries(found.values())
     return found
 
 
@@ -184,6 +185,7 @@ def wired_from(data: Mapping[str, Any], shapes: Mapping[str, tuple[tuple[int, ..
     modules, own = _part(data, "modules", dict), _part(data, "own", dict)
     if sum(count_layers(spec) for spec in modules.values()) > MOST_LAYERS:
         raise FormatError(f"the file describes more than the {MOST_LAYERS} layers that a file may")
+    check_entries(modules.values())
     wired = Wired(wiring_from(data))
     made: dict[str, nn.Module] = {}
     shared: set[str] = set()

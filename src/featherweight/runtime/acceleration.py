@@ -72,11 +72,12 @@ def accelerate(
     model = bake(copy.deepcopy(model)).eval().requires_grad_(False)
     layers = targets(model, where, TYPES)
     call = _example(model, example_inputs)
-    seen = _inputs(model, layers, call)
+    seen, named = _inputs(model, layers, call)
     signs = _signs(model, call)
     rows: list[Executed] = []
     for path, layer in layers.items():
-        reason = _untouchable(layer) or ("" if path in seen else "the example inputs do not reach it")
+        reason = _untouchable(layer, seen.get(path)) or ("it is called by keyword" if path in named else "")
+        reason = reason or ("" if path in seen else "the example inputs do not reach it")
         found = {} if reason else _forms(layer, tried)
         packed = {name: form for name, form in found.items() if isinstance(form, nn.Module)}
         if not packed:
@@ -114,24 +115,30 @@ def _example(model: nn.Module, given: Any) -> tuple[tuple[Any, ...], dict[str, A
 
 def _inputs(
     model: nn.Module, layers: dict[str, nn.Module], call: tuple[tuple[Any, ...], dict[str, Any]]
-) -> dict[str, Tensor]:
-    """What each layer is given at its first call in one pass, before its input form."""
+) -> tuple[dict[str, Tensor], set[str]]:
+    """What each layer is given at its first call in one pass, before its input form; and those called by keyword."""
     seen: dict[str, Tensor] = {}
+    named: set[str] = set()
 
     def watch(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen.setdefault(path, args[0].detach())
+        def hook(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            if keywords:  # a packed layer's argument has another name
+                named.add(path)
+            else:
+                seen.setdefault(path, args[0].detach())
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(watch(path), prepend=True) for path, layer in layers.items()]
+    handles = [
+        layer.register_forward_pre_hook(watch(path), prepend=True, with_kwargs=True) for path, layer in layers.items()
+    ]
     try:
         with torch.no_grad():
             model(*call[0], **call[1])
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return seen, named
 
 
 def _signs(model: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, SignsBehind]:
@@ -177,8 +184,10 @@ def _shift(reader: nn.Module) -> Tensor:
     return held
 
 
-def _untouchable(layer: nn.Module) -> str:
-    """Why a layer cannot be exchanged whatever its weights; empty if it can."""
+def _untouchable(layer: nn.Module, x: Tensor | None) -> str:
+    """Why a layer that is given x cannot be exchanged whatever its weights; empty if it can."""
+    if any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in (layer.weight, x)):
+        return "it computes in float64, and packed layers in float32: convert the model first, by model.float()"
     ours = {at for at in ("input", "output", "grad") if activation_form(layer, at) is not None}
     hooks = len(layer._forward_pre_hooks) + len(layer._forward_hooks) + len(layer._backward_hooks)
     return altered(layer) or ("it carries hooks of its own" if hooks > len(ours) else "")
