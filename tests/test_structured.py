@@ -15,6 +15,7 @@ from featherweight.core.channels import channel_groups, remove_channels
 from featherweight.core.cost import _layer_macs, cost
 from featherweight.core.exchange import impose
 from featherweight.core.ledger import recording
+from featherweight.core.site import sites
 from featherweight.core.structured import StructuredLinear, from_dense
 from featherweight.core.structures import PIECE, Hashed, hashed, made, places
 from featherweight.core.task import Task
@@ -153,3 +154,11 @@ def test_what_stays_as_it_was_is_told():
     assert "did not call it" in ledger.skipped["unused"]
     assert "16 of 256 parameters" in ledger.notes[0]
     assert fw.evaluate(model, task).value is not None
+
+
+def test_methods_on_plain_layers_say_that_structured_ones_stay():
+    model = net()
+    model[2] = from_dense(model[2], ("hashed", 9, 2))
+    with recording() as ledger:
+        assert list(sites(model)) == ["0", "4", "6"]
+    assert "StructuredLinear" in ledger.skipped["2"]

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from featherweight.core.forms import Mask, attach, forms_of, has_forms, originals
 from featherweight.core.ledger import recording, skip
+from featherweight.core.structured import StructuredLayer
 from featherweight.core.study import Study
 from featherweight.core.surgery import WEIGHTED, Where, patterns, targets
 from featherweight.errors import MissingNeed
@@ -110,6 +111,7 @@ def sites(model: nn.Module, where: Where = None, types: tuple[type[nn.Module], .
             skip(path, f"its weight is that of {owner}, and goes with it")
     for path, module in model.named_modules():
         matrices = any(p.dim() > 1 for p in module._parameters.values() if p is not None)
+        matrices = matrices or isinstance(module, StructuredLayer)  # whose parameters may be a list of numbers
         if matrices and not isinstance(module, (*types, *WEIGHTED, ParametrizationList)):
             skip(path, f"{type(module).__name__}: this method works on linear and convolution layers")
     return found
