@@ -56,6 +56,7 @@ def qcnn(
     fc_bits: Bits = 5,
     codebook_share: Share = 0.125,
     correct: bool = True,
+    ridge: Amount = 0.1,
     sweeps: Count = 5,
     positions: Count = 10,
     calibration_batches: Count = 16,
@@ -74,11 +75,13 @@ def qcnn(
     of the original network. Then a layer needs K products for each sub-space, looked up and added (eq. 2, 9).
 
     Departs from the paper: all words of a sub-space are solved for together (the paper: one by one), and the indices of
-    one place of the kernel at a time; both only ever lower the error. The paper's K = 128 for convolutions and 32 for
-    linear layers fall until the codebooks cost no more than `codebook_share` of the float weights; sub-spaces have the
-    largest width up to `dim` that divides the channels. Layers that hold zeros are quantized by their weights alone, so
-    that these stay zero. Biases stay as they are. `epochs` trains codewords of all layers, the paper's those of linear
-    ones. A look-up is faster than a matrix product only where products are slow; until then the weights are rebuilt.
+    one place of the kernel at a time; both only ever lower the error. A ridge pulls the weights to where they were:
+    with few samples the responses alone leave much undetermined (`ridge=0` is the paper's). The paper's K = 128 for
+    convolutions and 32 for linear layers fall until the codebooks cost no more than `codebook_share` of the float
+    weights; sub-spaces have the largest width up to `dim` that divides the channels. Layers that hold zeros are
+    quantized by their weights alone, so that these stay zero. Biases stay as they are. `epochs` trains codewords of all
+    layers, the paper's those of linear ones. A look-up is faster than a matrix product only where products are slow;
+    until then the weights are rebuilt.
 
     Args:
         conv_dim: at most so many input channels in a sub-space of a convolution.
@@ -87,6 +90,8 @@ def qcnn(
         fc_bits: bits of an index there.
         codebook_share: what the codebooks of a layer may cost, as a share of its float weights.
         correct: repair the error of the layers before, too.
+        ridge: pull of the weights to where they were, as a share of the mean square of the inputs: without it few
+            samples leave much of a wide layer undetermined.
         sweeps: how often all sub-spaces of a layer are gone through.
         positions: output positions drawn from every sample.
         calibration_batches: how many batches of the calibration (or training) data the responses are from.
@@ -114,7 +119,7 @@ def qcnn(
         data = islice(task.calibrating(), calibration_batches)
         moments = Moments.of(layer_rows(prefix, path, task, data, positions=positions, original=target))
         kept = site.weight != 0
-        codebooks, index, errors = start if not kept.all() else improved(site, moments, *start[:2], sweeps)
+        codebooks, index, errors = start if not kept.all() else improved(site, moments, *start[:2], sweeps, ridge)
         hold(model, site, codebooks, narrow(index), kept, columns_axis(site))
         done += 1
         note(f"{path}: {told(site, codebooks)}" + (f"; error {errors[0]:.3%} to {errors[-1]:.3%}" if errors else ""))
@@ -138,13 +143,13 @@ def started(site: Site, words: int, dim: int, share: float) -> tuple[Tensor, Ten
 
 
 def improved(
-    site: Site, moments: Moments, codebooks: Tensor, index: Tensor, sweeps: int
+    site: Site, moments: Moments, codebooks: Tensor, index: Tensor, sweeps: int, ridge: float = 0.0
 ) -> tuple[Tensor, Tensor, list[float]]:
     """Codebooks and index after so many sweeps over the sub-spaces, and the errors before and after each.
 
-    An error is the mean squared error of the responses, as a share of their variance.
+    An error is the mean squared error of the responses, as a share of their variance, with the ridge.
     """
-    responses = Responses.of(site, moments, codebooks, index)
+    responses = Responses.of(site, moments, codebooks, index, ridge)
     errors = [responses.error()]
     for _ in range(sweeps):
         for m in range(len(codebooks)):
@@ -175,15 +180,21 @@ class Responses:
     slope: Tensor
 
     @staticmethod
-    def of(site: Site, moments: Moments, codebooks: Tensor, index: Tensor) -> Responses:
-        """From the sums over a layer's rows; its bias stays as it is."""
+    def of(site: Site, moments: Moments, codebooks: Tensor, index: Tensor, ridge: float = 0.0) -> Responses:
+        """From the sums over a layer's rows; its bias stays as it is. The ridge adds `ridge m |W - now|^2`."""
         out, channels = site.weight.shape[:2]
         places = site.weight[0, 0].numel()
         order = torch.arange(channels * places).view(channels, places).T.flatten()  # channels of a place side by side
         bias = augmented(site.module)[:, -1]
-        gram = (moments.xx[:-1, :-1][order][:, order] / moments.n).view(places, channels, places, channels)
-        target = ((moments.xy[:-1] - moments.xx[:-1, -1:] * bias)[order] / moments.n).T.reshape(out, places, channels)
+        weight = augmented(site.module)[:, :-1][:, order]
+        gram = moments.xx[:-1, :-1][order][:, order] / moments.n
+        pull = ridge * float(gram.diagonal().mean())
+        gram.diagonal().add_(pull)
+        gram = gram.view(places, channels, places, channels)
+        target = (moments.xy[:-1] - moments.xx[:-1, -1:] * bias)[order].T / moments.n + pull * weight
+        target = target.reshape(out, places, channels)
         constant = float((moments.yy - 2 * bias * moments.xy[-1]).sum() / moments.n + bias.square().sum())
+        constant += pull * float(weight.square().sum())
         now = chosen(codebooks, index).transpose(0, 1).reshape(out, places, channels)
         slope = target - torch.einsum("opc,pcqd->oqd", now, gram)
         energy = float(moments.energy.sum()) or 1.0
