@@ -57,8 +57,8 @@ def xnor_net(
     outputs have no signs, so signs and sizes are those of the input less a shift, one per channel, which starts at the
     mean that calibration saw and is trained: it stands for the batch norm, as does the window of the sign's gradient,
     the deviation that was seen in place of 1. A bias takes over the mean of the input. Gradients are those of the
-    forward pass, through K and alpha too (see `bwn`). With a mask, alpha is that of the surviving weights. Exported as
-    float operators.
+    forward pass, through K and alpha too (see `bwn`). With a mask, alpha is that of the surviving weights. After the
+    training the running statistics of batch norms are taken anew. Exported as float operators.
 
     Args:
         keep_first_last: leave the first and the last layer that run in float, as the paper does.
