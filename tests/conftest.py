@@ -1,6 +1,7 @@
 """Small networks and tasks that the tests share; every test starts from the same seed."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -129,3 +130,15 @@ class Sequences(nn.Module):
 
 def sequence_task() -> core.Task:
     return small_task((6, 8))
+
+
+def fused_operators(path: Path, folder: Path) -> list[str]:
+    """What ONNX Runtime makes of an ONNX file."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(str(folder / "optimized.onnx")).graph.node]

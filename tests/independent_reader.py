@@ -121,8 +121,8 @@ def affine(source: Bytes, kind: int, shape: tuple[int, ...], byte: int) -> np.nd
     whole = (np.array(symbols(source, prod(shape), size), "i8") + low).reshape(shape)
     offset = values(zero_kind, zero).reshape(along)
     gap = whole - offset if offset.dtype == "i8" else rounded(zero_kind, rounded(zero_kind, whole) - offset)
-    weight = rounded(scale_kind, gap) * values(scale_kind, scale).reshape(along)
-    return signed(source, elements_of(kind, weight.reshape(-1)), byte)
+    gap = gap if TYPES[zero_kind] == "f8" else rounded(scale_kind, gap)
+    return signed(source, elements_of(kind, (gap * values(scale_kind, scale).reshape(along)).reshape(-1)), byte)
 
 
 def product(source: Bytes, kind: int, shape: tuple[int, ...], byte: int) -> np.ndarray:

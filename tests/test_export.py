@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from conftest import small_mlp
+from featherweight.catalogue import entry
 from featherweight.core.forms import Affine, Codes, Product, Table, attach, bake, declare_codes
 from featherweight.core.grids import ActivationGrid, SymmetricGrid, covering
 from featherweight.core.task import Task, evaluate
@@ -334,3 +336,39 @@ def test_biases_stay_float_where_the_grids_are_too_coarse_for_them(tmp_path: Pat
         assert any(t.data_type == onnx_format.TensorProto.INT32 and t.dims for t in stored) is whole
         assert report.moved <= 0.005
         assert report.difference < 1e-2
+
+
+def test_a_network_in_half_precision_is_exported_in_its_own_type(tmp_path: Path) -> None:
+    model = small_mlp().eval().half()
+    x = torch.rand(3, 1, 8, 8).half()
+    report = onnx(model, tmp_path / "m.onnx", example_inputs=x)
+    found = session(tmp_path / "m.onnx")(x)
+    assert found.dtype == torch.float16
+    assert report.difference is not None
+    assert report.difference < 4e-3
+    assert report.bytes < 2.5 * sum(p.numel() for p in model.parameters())
+
+
+def test_weights_that_bfloat16_holds_are_stored_so_and_are_exact(tmp_path: Path) -> None:
+    model = small_mlp().eval()
+    with torch.no_grad():
+        for path in ("1", "3"):
+            weight = model.get_submodule(path).weight
+            weight.copy_((weight * 1e-4).bfloat16().float())  # too small for float16
+            model.get_submodule(path).bias.zero_()
+    x = torch.rand(3, 1, 8, 8)
+    report = onnx(model, tmp_path / "m.onnx", example_inputs=x)
+    kinds = {i.name: i.data_type for i in onnx_format.load(tmp_path / "m.onnx").graph.initializer}
+    assert [kind for name, kind in kinds.items() if "weight" in name] == [onnx_format.TensorProto.BFLOAT16] * 2
+    assert report.halves == 2
+    assert report.difference is not None
+    assert report.difference < 1e-5
+
+
+def test_a_table_per_output_is_written_only_where_that_is_shorter(tmp_path: Path) -> None:
+    """Found: the places of 2000 tables, integers of 64 bits, were not counted, and the file grew."""
+    model, x = nn.Sequential(nn.Linear(11, 2000, bias=False)), torch.rand(2, 11)
+    plain = onnx(model, tmp_path / "plain.onnx", example_inputs=x)
+    sketched = entry("network_sketching")(model, Task(valid=[], example_inputs=x), weight_bits=2)
+    report = onnx(sketched, tmp_path / "m.onnx", example_inputs=x)
+    assert report.bytes <= plain.bytes + 2000

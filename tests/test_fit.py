@@ -10,8 +10,10 @@ from torch import nn
 
 from conftest import small_cnn, small_task
 from featherweight.core.fit import _batches, fit
-from featherweight.core.forms import Mask, attach
+from featherweight.core.forms import Mask, activation_form, attach
+from featherweight.core.task import Task
 from featherweight.errors import BadData
+from featherweight.ingredients.grid.lsq import LearnedActivations
 
 
 def taken(batches, total, count):
@@ -80,3 +82,14 @@ def test_a_model_in_evaluation_mode_trains_as_a_whole_and_comes_back_as_it_was()
     fit(model, small_task(), epochs=1)
     assert not any(torch.equal(model[i].running_mean, old) for i, old in zip((1, 4), statistics, strict=True))
     assert [path for path, m in model.named_modules() if m.training] == ["4"]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_decay_leaves_what_forms_train_of_their_own_alone(name: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 2, bias=False))
+    attach(model[0], LearnedActivations(0.5, 0, 255), "input")
+    data = [(torch.zeros(2, 4), torch.zeros(2, dtype=torch.long))] * 4
+    before = model[0].weight.detach().clone()
+    fit(model, Task(train=data, valid=data), epochs=1, lr=0.1, optimizer=name)
+    assert float(model[0].weight.detach().norm()) < float(before.norm()), "weights decay"
+    assert float(activation_form(model[0], "input").step.detach()) == 0.5

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from conftest import small_mlp, small_task
+from featherweight.catalogue import entries
 from featherweight.coding import load, save
 from featherweight.core.blueprint import blueprint, conform
 from featherweight.core.fit import fit
@@ -18,6 +19,7 @@ from featherweight.core.forms import (
     Affine,
     Codebook,
     Codes,
+    Form,
     Mask,
     Product,
     Table,
@@ -31,7 +33,8 @@ from featherweight.core.forms import (
     masked_names,
 )
 from featherweight.core.trace import trace
-from featherweight.errors import BadOption
+from featherweight.errors import BadOption, FormatError
+from featherweight.ingredients.grid.sketch import signs_of
 
 
 def shared(weight: torch.Tensor, k: int = 3) -> Codebook:
@@ -230,3 +233,22 @@ def test_a_model_with_a_parametrization_of_others_is_traced_with_what_computes_t
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
     graph = trace(model, torch.randn(2, 3)).graph
     assert any("weight_norm" in str(node.target) for node in graph.nodes)
+
+
+def test_every_form_of_ours_says_where_it_may_stand() -> None:
+    """A form from a file that takes its sizes from a weight would let the file choose how much memory it takes."""
+    entries()
+    ours = {name: kind for name, kind in Form.known.items() if kind.__module__.startswith("featherweight.")}
+    assert [name for name, kind in ours.items() if "stands" not in vars(kind)] == []
+    assert all(set(kind.stands) <= {"weight", "input", "output", "grad"} for kind in ours.values())
+
+
+def test_scales_of_blocks_must_make_up_the_weight() -> None:
+    rule = Affine(torch.ones(2), torch.zeros((), dtype=torch.int32), block=1 << 40)
+    with pytest.raises(FormatError, match="do not make a weight of 8"):
+        rule.decode(torch.ones(8), (2, 4))
+
+
+def test_a_byte_names_no_more_than_eight_binary_filters() -> None:
+    with pytest.raises(BadOption, match="40 binary filters"):
+        signs_of(40)

@@ -412,6 +412,29 @@ FORMS = {
     "a mask without a mask": ({"head": form("Mask", grad="kept")}, FormatError, "a Mask whose mask"),
     "a codebook of floats": ({"head": form("Codebook", tensor="b.index")}, FormatError, "without integers"),
     "a grid of weights": ({"head": form("SymmetricGrid", bits=4, axis="x")}, FormatError, "SymmetricGrid whose bits"),
+    "a weight's grid, a block of 2^24 each": (
+        {
+            "head": {
+                "input": {
+                    "type": "FixedGrid",
+                    "settings": {"low": 0, "high": 3, "axis": None, "block": 1 << 24, "ties": "even"},
+                    "tensors": {"b.scale": 0, "b.zero_point": 0},
+                }
+            }
+        },
+        FormatError,
+        "a FixedGrid cannot stand on the input of a layer",
+    ),
+    "a weight's grid on an output": (
+        {"head": form("SymmetricGrid", "output", "b.clip", bits=4, axis=None)},
+        FormatError,
+        "a SymmetricGrid cannot stand on the output of a layer",
+    ),
+    "an output's sizes on an input": (
+        {"head": form("TimesSize", "input", "p.bias", dim=-1)},
+        FormatError,
+        "a TimesSize cannot stand on the input of a layer",
+    ),
 }
 
 

@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from conftest import Batches, small_cnn, small_mlp, small_task
+from featherweight.catalogue import entry
 from featherweight.core.flow import follow
 from featherweight.core.forms import Form, Mask, activation_form, attach, bake, codes_of, forms_of
 from featherweight.core.grids import ActivationGrid, Seen, SymmetricGrid, covering
 from featherweight.core.ledger import recording
-from featherweight.core.site import Site
+from featherweight.core.site import Site, sites
 from featherweight.core.task import Task
-from featherweight.errors import BadOption, MissingNeed, UnknownName
+from featherweight.errors import BadData, BadOption, MissingNeed, UnknownName
 from featherweight.ingredients.grid.symmetric import symmetric_mse
 from featherweight.ingredients.place.fused import fused
 from featherweight.ingredients.range.observed import mse, percentile
@@ -267,3 +268,13 @@ def test_statistics_are_those_of_the_network_on_its_grids() -> None:
     with torch.no_grad():
         means = torch.stack([model[0](x).mean((0, 2, 3)) for x, _ in batches]).mean(0)
     torch.testing.assert_close(model[1].running_mean, means)
+
+
+@pytest.mark.parametrize("name", ["dorefa", "bwn", "xnor_net", "kmeans_share", "gong_pq", "binaryconnect"])
+def test_weights_that_are_not_finite_are_refused_by_a_method_alone(name: str) -> None:
+    model, task = small_mlp(), small_task()
+    model.get_submodule("1").weight.data[0, 0] = torch.nan
+    with pytest.raises(BadData, match="the weights of 1 are not finite"):
+        entry(name)(model, task)
+    attach(model.get_submodule("1"), Mask(~model.get_submodule("1").weight.isnan()))
+    assert "1" in sites(model), "a mask hides it"

@@ -105,6 +105,7 @@ class SoftCodebook(Form):
     step, the distance is squared, and the temperature falls.
     """
 
+    stands = ("weight",)
     stores = "free"
     temperature: Tensor
 

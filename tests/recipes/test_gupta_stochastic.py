@@ -12,7 +12,7 @@ from conftest import Batches, small_cnn, small_mlp, small_task
 from featherweight.catalogue import entry
 from featherweight.core.blueprint import blueprint, conform
 from featherweight.core.fit import fit
-from featherweight.core.forms import Mask, activation_form, attach, bake, codes_of
+from featherweight.core.forms import Mask, activation_form, attach, bake, codes_of, originals
 from featherweight.core.grids import ActivationGrid
 from featherweight.core.ledger import recording
 from featherweight.core.task import Task, evaluate
@@ -195,3 +195,20 @@ def test_layer_inputs_and_gradients_are_in_fixed_point_while_it_trains() -> None
     for values, eps in ((inputs, 2.0**-4), (grads, 2.0**-8)):
         assert all(torch.equal(one / eps, (one / eps).round()) for one in values)
         assert any(one.any() for one in values)
+
+
+def test_the_result_computes_gradients_in_float_again() -> None:
+    model, task = small_mlp(), small_task()
+    small = entry("gupta_stochastic")(model, task, epochs=1, grad_bits=2, grad_places=0)
+    layer = small.get_submodule("3")
+    assert activation_form(layer, "grad") is None
+    assert activation_form(layer, "input") is not None
+    x = torch.rand(4, 32)
+    (layer(x) * 0.3).sum().backward()
+    torch.testing.assert_close(originals(layer, "bias")[0].grad, torch.full((4,), 1.2))
+
+
+@pytest.mark.parametrize("kind", ["weight", "act"])
+def test_the_sign_needs_a_place_in_front_of_the_point(kind: str) -> None:
+    with pytest.raises(BadOption, match=f"pass fewer {kind}_places"):
+        entry("gupta_stochastic")(small_mlp(), small_task(), **{f"{kind}_bits": 8, f"{kind}_places": 8})

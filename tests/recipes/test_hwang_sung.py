@@ -138,6 +138,17 @@ def test_signals_can_stay_float_and_impossible_options_are_refused(trained: tupl
         entry("hwang_sung")(copy.deepcopy(model), Task(train=task.train, valid=task.valid, calibration=[]))
 
 
+def test_layer_patterns_say_the_levels_of_the_last_layer_too(trained: tuple[nn.Module, Task]) -> None:
+    model, task = trained
+    options = {"epochs": 0, "candidates": 1, "signal_bits": None}
+    small = entry("hwang_sung")(copy.deepcopy(model), task, weight_levels={"Conv2d": 7, "8": 5}, **options)
+    assert {path: len(small.get_submodule(path).weight.unique()) for path in ("0", "3", "8")} == {
+        "0": 7,
+        "3": 7,
+        "8": 5,
+    }
+
+
 def test_the_recipe_takes_the_factor_that_the_metric_prefers(trained: tuple[nn.Module, Task]) -> None:
     """A metric that wants small weights: of all candidates the smallest step wins in every layer."""
     model = copy.deepcopy(trained[0])
@@ -153,3 +164,15 @@ def test_the_recipe_takes_the_factor_that_the_metric_prefers(trained: tuple[nn.M
     for path in ("0", "3"):
         step = least_squares_step(trained[0].get_submodule(path).weight.detach(), 3)[0]
         assert float(small.get_submodule(path).weight.detach().abs().max()) == pytest.approx(0.6 * step, rel=1e-5)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 100), st.sampled_from([3, 5, 255]), st.sampled_from([0.25, 0.3, 1.0]))
+def test_the_form_rounds_as_what_was_fitted(seed: int, levels: int, step: float) -> None:
+    torch.manual_seed(seed)
+    weight = torch.cat([torch.randn(40), torch.tensor([0.5, -0.5, 1.5, -1.5, 2.5]) * step])
+    form = FixedGrid(torch.tensor(step), -(levels // 2), levels // 2, ties="away")
+    wanted = rounded(weight.double() / form.scale.double(), 1.0, levels)
+    assert torch.equal(form.symbols(weight), wanted)
+    if step == 0.25:  # where half a step is exact
+        assert form.symbols(weight)[-5:-1].tolist() == [1.0, -1.0, *([1.0, -1.0] if levels == 3 else [2.0, -2.0])]

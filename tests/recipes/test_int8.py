@@ -3,13 +3,12 @@
 import copy
 from pathlib import Path
 
-import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 
 import featherweight as fw
+from conftest import fused_operators
 from featherweight import zoo
 from featherweight.catalogue import entry
 from featherweight.core.forms import Affine, activation_forms, bake, codes_of, mask_of
@@ -20,15 +19,6 @@ from featherweight.export import onnx as to_onnx
 from featherweight.export import session
 from featherweight.prune import prune
 from featherweight.recipes.int8 import int8
-
-
-def fused_operators(path: Path, folder: Path) -> list[str]:
-    """What ONNX Runtime makes of the file."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.optimized_model_filepath = str(folder / "optimized.onnx")
-    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return [node.op_type for node in onnx.load(str(folder / "optimized.onnx")).graph.node]
 
 
 def task_of(x: Tensor) -> Task:

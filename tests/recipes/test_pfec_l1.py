@@ -94,7 +94,7 @@ def test_bad_input():
     model = small_cnn()
     with torch.no_grad():
         model[3].weight[2, 0] = torch.nan
-    with pytest.raises(BadData, match="scores of 3 hold NaN"):
+    with pytest.raises(BadData, match="weights of 3 are not finite"):
         pfec(model, small_task(), **NOW)
     with pytest.raises(MissingNeed, match="fit needs training data"):
         pfec(small_mlp(), Task(valid=small_task().valid), round_to=1)

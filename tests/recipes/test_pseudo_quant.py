@@ -118,3 +118,19 @@ def test_refusals() -> None:
     broken[1].weight.data[0, 0] = torch.nan
     with pytest.raises(BadData, match="not finite"):
         entry("pseudo_quant")(broken, Task(valid=[]))
+
+
+@pytest.mark.parametrize("grain", GRAINS)
+@pytest.mark.parametrize("centre", [5.0, -300.0])
+def test_weights_far_from_zero_lose_no_step(grain: str, centre: float, tmp_path: Path) -> None:
+    weight = centre + 0.001 * torch.rand(4, 12)
+    step = float(weight.max() - weight.min()) / (2**16 - 1)
+    layer = nn.Linear(12, 4, bias=False)
+    layer.weight.data.copy_(weight)
+    attach(layer, form(weight, 16, "float", grain))
+    spacing = abs(centre) * 2.0**-23  # of the weights themselves
+    assert float((layer.weight.detach() - weight).abs().max()) <= max(step, spacing) / 2
+    wanted = layer.weight.detach().clone()
+    fw.save(nn.Sequential(bake(layer)), tmp_path / "m.fw", bare=True)
+    again = fw.load(tmp_path / "m.fw", into=nn.Sequential(nn.Linear(12, 4, bias=False)))
+    assert torch.equal(again[0].weight, wanted)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from conftest import small_cnn, small_mlp, small_task
+from conftest import fused_operators, small_cnn, small_mlp, small_task
 from featherweight.catalogue import entry
 from featherweight.core.fit import fit
 from featherweight.core.forms import Mask, activation_form, attach, bake, codes_of
@@ -125,6 +125,9 @@ def test_the_onnx_file_holds_bytes_and_grids(trained: tuple[nn.Module, Task], la
     small = entry("vanhoucke_int8")(copy.deepcopy(model), task, largest=largest)
     report = onnx(small, tmp_path / "m.onnx", example_inputs=task.inputs())
     assert (report.kind, report.int8_weights) == ("qdq", 3)
+    operators = fused_operators(tmp_path / "m.onnx", tmp_path)
+    assert operators.count("QGemm") == 3
+    assert not {"Gemm", "FusedGemm", "MatMul"} & set(operators)
 
 
 def test_convolutions_and_masks(trained: tuple[nn.Module, Task]) -> None:

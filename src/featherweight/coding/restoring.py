@@ -171,7 +171,10 @@ def _attach_forms(model: nn.Module, active: dict[str, Any], records: Sequence[Pa
         for at, spec in forms.items():
             if at not in ACTIVATIONS:
                 raise unknown("place of a form", at, ACTIVATIONS)
-            attach(module, _form(spec, records, first).requires_grad_(False), at)
+            form = _form(spec, records, first).requires_grad_(False)
+            if at not in form.stands:
+                raise FormatError(f"the file is corrupt: a {type(form).__name__} cannot stand on the {at} of a layer")
+            attach(module, form, at)
 
 
 def _form(spec: dict[str, Any], records: Sequence[Packed | int], first: int) -> Form:

@@ -47,6 +47,7 @@ class BinaryWeights(Form):
     alpha follows the weights, and has a gradient. A channel of zeros stays zero.
     """
 
+    stands = ("weight",)
     settings = ("axis",)
 
     def __init__(self, axis: int | None = 0) -> None:
@@ -79,6 +80,7 @@ class SignWeights(Form):
     gradient of a sign is handed to its weight, which `clip` keeps between -scale and scale.
     """
 
+    stands = ("weight",)
     settings = ("axis", "stochastic")
     scale: Tensor
 
@@ -135,6 +137,7 @@ class SignInput(Form):
     The gradient is `1 / window` where `|x - shift| <= window`, else none.
     """
 
+    stands = ("input",)
     settings = ("dim", "window")
     shift: nn.Parameter
 
@@ -159,6 +162,7 @@ class SizedSignInput(Form):
     moves as the kernel does; for a linear layer, the mean over the features. `TimesSize` multiplies it to the output.
     """
 
+    stands = ("input",)
     settings = ("dim", "window", "reads")
     shift: nn.Parameter
 
@@ -193,6 +197,7 @@ class TimesSize(Form):
     The layer's own bias must be zero: the size would multiply it too.
     """
 
+    stands = ("output",)
     settings = ("dim",)
 
     def __init__(self, dim: int, bias: Tensor | None = None) -> None:
@@ -275,6 +280,8 @@ class Start:
 @final
 class Columns(Form):
     """Stands where a form will stand and remembers what passes, channel by channel, at random places."""
+
+    stands = ()
 
     def __init__(self, dim: int) -> None:
         super().__init__()

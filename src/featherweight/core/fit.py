@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from featherweight.core.check import positive
-from featherweight.core.forms import own_modules
+from featherweight.core.forms import Form, own_modules
 from featherweight.core.ledger import note
 from featherweight.core.progress import track
 from featherweight.core.task import Batch, Task, length, loss_of, run
@@ -65,7 +65,8 @@ def fit(
         epochs: passes over the training data; a fraction trains on that part of a pass.
         lr: the learning rate at the start.
         optimizer: "adam" (default), "adamw", "sgd" (Nesterov momentum 0.9, weight decay 5e-4),
-            "momentum" (the same without decay), or `(params, lr) -> Optimizer`.
+            "momentum" (the same without decay), or `(params, lr) -> Optimizer`. Decay leaves what forms train of their
+            own (steps, shifts) alone.
         decay: "cosine", "constant", "linear" or `progress -> factor` of the learning rate.
         step: the loss as named terms; `task.loss` when left out.
         also: further (parameters, step) pairs that are updated after every step, such as discriminators.
@@ -89,7 +90,7 @@ def fit(
     accelerator = Accelerator()
     step = step or _task_loss(task)
     trained = [p for p in (params if params is not None else model.parameters()) if p.requires_grad]
-    wrapped, main = accelerator.prepare(model, make_optimizer(optimizer, trained, positive("lr", lr)))
+    wrapped, main = accelerator.prepare(model, make_optimizer(optimizer, trained, positive("lr", lr), _of_forms(model)))
     others = [(accelerator.prepare(make_optimizer(optimizer, list(ps), lr)), other) for ps, other in also]
     factor = DECAYS.get(decay) if isinstance(decay, str) else decay
     if factor is None:
@@ -135,12 +136,23 @@ def _task_loss(task: Task) -> Step:
     return step
 
 
-def make_optimizer(make: Optimizers, params: list[nn.Parameter], lr: float) -> Optimizer:
+def make_optimizer(
+    make: Optimizers, params: list[nn.Parameter], lr: float, undecayed: Container[int] = ()
+) -> Optimizer:
+    """The optimizer; weight decay leaves alone the parameters whose `id` is in `undecayed`, unless `make` decides."""
     if callable(make):
         return make(params, lr)
     if (make or "adam") not in OPTIMIZERS:
         raise unknown("optimizer", str(make), OPTIMIZERS)
-    return OPTIMIZERS[make or "adam"](params, lr)
+    free = [param for param in params if id(param) in undecayed]
+    rest = [param for param in params if id(param) not in undecayed]
+    groups: Any = [{"params": rest}, {"params": free, "weight_decay": 0.0}] if free else params
+    return OPTIMIZERS[make or "adam"](groups, lr)
+
+
+def _of_forms(model: nn.Module) -> set[int]:
+    """What forms train of their own, by `id`: decay would pull the step of a grid, or a shift, to zero."""
+    return {id(param) for module in model.modules() if isinstance(module, Form) for param in module.parameters()}
 
 
 def _length(batches: Iterable[Batch]) -> int:

@@ -29,7 +29,8 @@ class Affine:
     """`weight = (symbol - zero_point) * scale`, one scale and zero point in all or one per index of `axis`.
 
     With `block` (and no axis) there is one per run of `block` consecutive weights, row-major. The difference of two
-    integers is exact, whatever their types: in torch, bytes would wrap around.
+    integers is exact, whatever their types: in torch, bytes would wrap around. A zero point of float64 says that the
+    product is taken in float64 too: many steps away from zero, that is what tells one step from the next.
     """
 
     scale: Tensor
@@ -41,12 +42,18 @@ class Affine:
         """Scales or zero points, shaped to broadcast over a weight of `shape`."""
         if self.block is None or values.numel() == 1:
             return along(values, self.axis, len(shape))
+        if values.numel() * self.block != prod(shape):
+            raise FormatError(
+                f"{values.numel()} scales of {self.block} weights each do not make a weight of {prod(shape)}"
+            )
         return values.repeat_interleave(self.block).view(shape)
 
     def decode(self, symbols: Tensor, shape: tuple[int, ...]) -> Tensor:
         scale, zero = self.spread(self.scale, shape), self.spread(self.zero_point, shape)
         whole = not zero.is_floating_point()
         difference = (symbols.long() if whole else symbols.to(zero.dtype)).view(shape) - zero
+        if zero.dtype == torch.float64:
+            return (difference * scale.double()).to(self.scale.dtype)
         return difference.to(self.scale.dtype) * scale
 
 
@@ -170,11 +177,16 @@ def declare_codes(module: nn.Module, name: str, codes: Codes) -> None:
 
 
 class Form(nn.Module, ABC):
-    """How one tensor is held. Final classes list their plain attributes in `settings`, so that a form can be stored."""
+    """How one tensor is held. Final classes list their plain attributes in `settings`, so that a form can be stored.
+
+    `stands` says on what a form from a file may stand: "weight", and the places of `ACTIVATIONS`. A form that takes its
+    sizes from a weight must not meet an activation: the file would choose how much memory that takes.
+    """
 
     order: ClassVar[int] = 1
     stores: ClassVar[Literal["weight", "free"]] = "weight"
     settings: ClassVar[tuple[str, ...]] = ()
+    stands: ClassVar[tuple[str, ...]] = ("weight", "input", "output", "grad")
     known: ClassVar[dict[str, type[Form]]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -247,6 +259,7 @@ class Mask(Form):
     With `grad="dense"` pruned weights still learn: splicing, soft and iterative methods need it.
     """
 
+    stands = ("weight",)
     order = 2
     settings = ("grad",)
     keep: Tensor
@@ -272,6 +285,7 @@ class Codebook(Form):
     Source: Han et al., ICLR 2016, arXiv:1510.00149, eq. 3. The free parameters are the centroids, shape (k,).
     """
 
+    stands = ("weight",)
     stores = "free"
     index: Tensor
 
@@ -582,6 +596,16 @@ def _attach_activation(module: nn.Module, form: Form, at: str) -> None:
         module.register_forward_hook(_on_grad)
 
 
+def take_off_activation(module: nn.Module, at: str) -> None:
+    """Takes the form off a module's `input`, `output` or `grad`; nothing happens where there is none."""
+    if module._modules.pop(f"fw_{at}", None) is None:
+        return
+    hook = HOOKS[at]
+    held = module._forward_pre_hooks if at == "input" else module._forward_hooks
+    for number in [number for number, one in held.items() if one is hook]:
+        del held[number]
+
+
 def activation_form(module: nn.Module, at: str) -> Form | None:
     """The form on a module's `input`, `output` or `grad`, or None."""
     return module._modules.get(f"fw_{at}")  # type: ignore[return-value]
@@ -614,6 +638,9 @@ def _on_grad(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor
     if not (torch.is_grad_enabled() and output.requires_grad):
         return output
     return _QuantizedGradient.apply(output, module._modules["fw_grad"])
+
+
+HOOKS: dict[str, Any] = {"input": _on_input, "output": _on_output, "grad": _on_grad}
 
 
 class _QuantizedGradient(torch.autograd.Function):

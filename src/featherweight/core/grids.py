@@ -66,6 +66,7 @@ class SymmetricGrid(Form):
     zero for weights that `clip` cuts off. A channel of zeros has the scale one.
     """
 
+    stands = ("weight",)
     settings = ("bits", "axis")
     clip: Tensor
 
@@ -140,6 +141,7 @@ class ActivationGrid(Form):
     The gradient passes straight through inside the range and is zero outside of it.
     """
 
+    stands = ("input", "output")
     settings = ("low", "high")
     scale: Tensor
     zero_point: Tensor
@@ -203,6 +205,8 @@ class Place:
 @final
 class Seen(Form):
     """Stands where a grid will stand and remembers what passes: exact limits and a sample; changes nothing."""
+
+    stands = ()
 
     def __init__(self, clamp: tuple[float, float] = (float("-inf"), float("inf"))) -> None:
         super().__init__()

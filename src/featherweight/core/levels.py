@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class Levels(Form):
         edges: shape (k - 1,), ascending, float64; those of `nearest_edges` when left out.
     """
 
+    stands = ("weight",)
     levels: Tensor
     edges: Tensor
 
@@ -76,9 +77,12 @@ class FixedGrid(Form):
         high: the largest symbol.
         axis: the dimension of the weight that the steps belong to.
         block: in place of an axis, how many consecutive weights (row-major) have a step of their own.
+        ties: where a weight half-way between two steps goes: to the "even" one, or "away" from zero, in which case
+            `round(w / scale) + zero_point` is meant.
     """
 
-    settings = ("low", "high", "axis", "block")
+    stands = ("weight",)
+    settings = ("low", "high", "axis", "block", "ties")
     scale: Tensor
     zero_point: Tensor
     stochastic = False  # a method may round at random, right on average, while it trains; no file knows of it
@@ -92,9 +96,10 @@ class FixedGrid(Form):
         zero_point: Tensor | None = None,
         axis: int | None = None,
         block: int | None = None,
+        ties: Literal["even", "away"] = "even",
     ) -> None:
         super().__init__()
-        self.low, self.high, self.axis, self.block = low, high, axis, block
+        self.low, self.high, self.axis, self.block, self.ties = low, high, axis, block, ties
         zero_point = torch.zeros((), dtype=torch.int32) if zero_point is None else zero_point
         self.register_buffer("scale", scale.detach().clone())
         self.register_buffer("zero_point", zero_point.detach().clone().to(scale.device))
@@ -109,6 +114,7 @@ class FixedGrid(Form):
         limits = all(_whole(value, -LARGEST, LARGEST) for value in (self.low, self.high)) and self.low <= self.high
         axis = self.axis is None or _whole(self.axis, 0, 31)
         block = self.block is None or (_whole(self.block, 1, LARGEST) and self.axis is None)
+        block = block and self.ties in ("even", "away")
         return "" if limits and axis and block else "whose limits, axis or block are impossible"
 
     @property
@@ -117,11 +123,16 @@ class FixedGrid(Form):
         return Affine(self.scale, self.zero_point, self.axis if self.scale.dim() else None, self.block)
 
     def symbols(self, weight: Tensor) -> Tensor:
-        """The integers, as float64, of the weight's shape; half-way the even one."""
+        """The integers, as float64, of the weight's shape; half-way the even one, or the one away from zero."""
         rule, shape = self.rule, tuple(weight.shape)
         step, zero = rule.spread(self.scale.double(), shape), rule.spread(self.zero_point.double(), shape)
-        place = weight.detach().double() / step + zero
-        whole = (place + torch.rand_like(place)).floor() if self.stochastic and self.training else place.round()
+        steps = weight.detach().double() / step
+        if self.stochastic and self.training:
+            whole = (steps + zero + torch.rand_like(steps)).floor()
+        elif self.ties == "even":
+            whole = (steps + zero).round()
+        else:
+            whole = steps.sign() * (steps.abs() + 0.5).floor() + zero
         return whole.clamp(self.low, self.high)
 
     def forward(self, *free: Tensor, keep: Tensor | None = None) -> Tensor:

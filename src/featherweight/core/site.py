@@ -15,7 +15,7 @@ from featherweight.core.ledger import recording, skip
 from featherweight.core.structured import StructuredLayer
 from featherweight.core.study import Study
 from featherweight.core.surgery import WEIGHTED, Where, patterns, targets
-from featherweight.errors import MissingNeed
+from featherweight.errors import BadData, MissingNeed
 
 V = TypeVar("V")
 PerLayer: TypeAlias = V | Mapping[str, V]
@@ -100,13 +100,14 @@ def sites(model: nn.Module, where: Where = None, types: tuple[type[nn.Module], .
     Raises:
         UnknownName: a pattern matches nothing.
         BadOption: the model has no layer of these types.
+        BadData: weights are NaN or infinite.
     """
     found: dict[str, Site] = {}
     first: dict[int, str] = {}
     for path, module in targets(model, where, types).items():
         held = originals(module, "weight")[0] if has_forms(module) else module.weight
         if (owner := first.setdefault(id(held), path)) == path:
-            found[path] = Site(path, module)
+            found[path] = _sound(Site(path, module))
         else:
             skip(path, f"its weight is that of {owner}, and goes with it")
     for path, module in model.named_modules():
@@ -115,6 +116,16 @@ def sites(model: nn.Module, where: Where = None, types: tuple[type[nn.Module], .
         if matrices and not isinstance(module, (*types, *WEIGHTED, ParametrizationList)):
             skip(path, f"{type(module).__name__}: this method works on linear and convolution layers")
     return found
+
+
+def _sound(site: Site) -> Site:
+    """The site; its held numbers are looked at, since a form may draw at random whenever the weight is asked for."""
+    held = site.held.detach()
+    if site.mask is not None and site.mask.keep.shape == held.shape:
+        held = held[site.mask.keep]
+    if not held.is_meta and not held.isfinite().all():
+        raise BadData(f"the weights of {site.path} are not finite: train the network again, or choose layers by where=")
+    return site
 
 
 def channel_axis(site: Site) -> int:

@@ -28,6 +28,7 @@ class Codewords(Form):
     Of t stages the index is (t, rows, m), the codebooks are (t, m, k, d).
     """
 
+    stands = ("weight",)
     stores = "free"
     settings = ("shape", "axis")
     index: Tensor

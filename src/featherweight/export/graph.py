@@ -35,7 +35,7 @@ class Values:
 
     def add(self, name: str, array: Array) -> str:
         """A new initializer."""
-        tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
+        tensor = numpy_helper.from_array(np.asarray(array, order="C"), name)  # a scalar stays one
         self.graph.initializer.append(tensor)
         self.initializers[name] = self.graph.initializer[-1]
         return name

@@ -63,8 +63,8 @@ def _lower_weight(lowered: Lowered, path: str, module: nn.Module) -> None:
         lowered.shifted += 1
     elif codes is not None and (stored := looked_up(codes)) is not None:
         lowered.looked_up += 1
-    elif torch.equal(module.weight.half().float(), module.weight):
-        stored = Halved(module.weight.detach().half())
+    elif (half := _half(module.weight.detach())) is not None:
+        stored = Halved(half)
         lowered.halves += 1
     elif codes is not None:
         kind = type(codes.rule).__name__.lower()
@@ -73,6 +73,14 @@ def _lower_weight(lowered: Lowered, path: str, module: nn.Module) -> None:
     else:
         return
     parametrize.register_parametrization(module, "weight", stored, unsafe=True)
+
+
+def _half(weight: Tensor) -> Tensor | None:
+    """A float32 weight in the type of 16 bits that holds it exactly, if one does."""
+    if weight.dtype != torch.float32:
+        return None
+    halves = (weight.to(kind) for kind in (torch.float16, torch.bfloat16))
+    return next((half for half in halves if torch.equal(half.float(), weight)), None)
 
 
 def _lower_structure(lowered: Lowered, path: str, module: StructuredLayer) -> None:
@@ -182,7 +190,8 @@ def looked_up(codes: Codes) -> LookedUp | None:
         symbols = symbols.unsqueeze(0)
     else:
         return None
-    short = size <= 256 and symbols.numel() + 4 * vectors.numel() < 4 * codes.decode().numel()
+    held = symbols.numel() + 8 * offset.numel() + 4 * vectors.numel()  # bytes, integers of 64 bits, floats
+    short = size <= 256 and held < 4 * codes.decode().numel()
     return LookedUp(symbols.to(torch.uint8), offset, vectors, shape, axis) if short else None
 
 
@@ -214,7 +223,7 @@ class LookedUp(nn.Module):
 
 
 class Halved(nn.Module):
-    """A weight that half precision holds exactly."""
+    """A float32 weight that float16 or bfloat16 holds exactly."""
 
     half_precision: Tensor
 

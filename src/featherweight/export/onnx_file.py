@@ -97,7 +97,7 @@ def onnx(
 
     The first dimension of the inputs is dynamic. Weights with declared int8 codes become int8 initializers, those
     on other grids integers of one or two bytes, those with tables of at most 256 values or vectors bytes and a table,
-    those that half precision holds exactly halves; grids on activations become QuantizeLinear and DequantizeLinear,
+    those that float16 or bfloat16 holds exactly such; grids on activations become QuantizeLinear and DequantizeLinear,
     biases between the two int32; everything else is float and exact.
 
     Args:
@@ -352,7 +352,8 @@ def _gate(model: nn.Module, content: bytes, call: Call, dynamic: bool, kind: str
         smooth = [_runner(_without_grids(deepcopy(model)))(c) for c in calls]
         limits = (max(GRID_TOLERANCE, *(2 * _difference(*pair) for pair in zip(wanted, smooth, strict=True))),) * 2
     else:
-        limits = (FLOAT_TOLERANCE, RUNTIME_TOLERANCE if kind == "weights" else FLOAT_TOLERANCE)
+        exactly = max([FLOAT_TOLERANCE, *(8 * torch.finfo(t.dtype).eps for t in wanted[0] if t.is_floating_point())])
+        limits = (exactly, RUNTIME_TOLERANCE if kind == "weights" else exactly)
     for difference, allowed in zip((written, optimized), limits, strict=True):
         if not difference <= allowed:
             raise ExportError(
@@ -389,8 +390,8 @@ def _altered(call: Call, *, grow: bool) -> Call:
     def change(value: Tensor) -> Tensor:
         more = torch.cat([value, value[:1]]) if grow else value
         if more.is_floating_point():
-            spread = float(more.std()) if more.numel() > 1 else 0.0
-            return more + torch.randn(more.shape, generator=generator) * (spread or 1.0)
+            spread = float(more.float().std()) if more.numel() > 1 else 0.0
+            return more + (torch.randn(more.shape, generator=generator) * (spread or 1.0)).to(more.dtype)
         return more.flatten()[torch.randperm(more.numel(), generator=generator)].view(more.shape)
 
     return _map_batched(call, change)

@@ -37,6 +37,7 @@ class ClippedIntervals(Form):
     one each. The gradient passes straight through, to clipped weights too, so that these may return.
     """
 
+    stands = ("weight",)
     settings = ("bits", "sparsity")
 
     def __init__(self, bits: int, sparsity: float) -> None:

@@ -112,6 +112,7 @@ def _clip(found: Iterable[Site]) -> None:
 class TernaryConnect(Form):
     """`scale * t`, t in {-1, 0, 1}: drawn with the mean `w / scale` while a network trains, else the nearest."""
 
+    stands = ("weight",)
     settings = ("axis",)
     scale: Tensor
 

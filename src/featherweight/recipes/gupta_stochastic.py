@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from featherweight.allowed import Amount, Positive
 from featherweight.catalogue import recipe
 from featherweight.core.fit import Optimizers
-from featherweight.core.forms import Form, attach, originals
+from featherweight.core.forms import Form, attach, originals, take_off_activation
 from featherweight.core.grids import ActivationGrid
 from featherweight.core.ledger import note
 from featherweight.core.levels import FixedGrid, not_zero
@@ -33,6 +33,7 @@ class FixedPoint(Form):
     The gradient passes straight through inside the range and is zero outside of it.
     """
 
+    stands = ("input", "output", "grad")
     settings = ("bits", "places", "rounding")
 
     def __init__(self, bits: int, places: int, rounding: Rounding = "stochastic") -> None:
@@ -76,9 +77,9 @@ def fixed_point(values: Tensor, bits: int, places: int, rounding: Rounding) -> T
 
 
 def fits(options: Mapping[str, Any]) -> None:
-    """Refuses points that stand more than eight places in front of the number's first bit."""
+    """Refuses numbers whose sign has no place in front of the point, other than gradients, which may be small."""
     for word, places in (("weight_bits", "weight_places"), ("act_bits", "act_places"), ("grad_bits", "grad_places")):
-        if options[places] > options[word] + 8:
+        if options[places] > options[word] - 1 + (9 if places == "grad_places" else 0):
             limit = limits(options[word], options[places])[1]
             raise BadOption(
                 f"{places}={options[places]} with {word}={options[word]}: no number above {limit:g} could be held, "
@@ -163,6 +164,7 @@ def gupta_stochastic(
     top = 2 ** (act_bits - 1)
     for site in found.values():
         attach(site.module, ActivationGrid(2.0**-act_places, 0, -top, top - 1), "input")
+        take_off_activation(site.module, "grad")
     return model
 
 

@@ -132,6 +132,7 @@ class ResidualSigns(Form):
     of a linear layer, whose rows are the columns, keeps its shape.
     """
 
+    stands = ("input",)
     settings = ("dim", "window", "terms", "reads")
     shift: nn.Parameter
 

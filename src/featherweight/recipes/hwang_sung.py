@@ -78,7 +78,7 @@ def hwang_sung(
 
     Args:
         weight_levels: M, an odd number of levels; or layer patterns with a number each.
-        output_levels: M of the layer that runs last; as the others when None.
+        output_levels: M of the layer that runs last; as the others when None. Layer patterns say it themselves.
         signal_bits: bits of a hidden signal, the input of a layer; None leaves all signals float.
         input_bits: bits of the input of the layer that runs first.
         candidates: how many steps are tried for each layer, a pass over the validation data each; 1 keeps that of least
@@ -97,7 +97,7 @@ def hwang_sung(
     found, levels = per_layer(model, "weight_levels", weight_levels, where, types=LAYERS)
     found, order = not_zero(found), running_order(model, task)
     paths = [*(path for path in order if path in found), *(path for path in found if path not in order)]
-    if output_levels is not None and order and order[-1] in found:
+    if output_levels is not None and not isinstance(weight_levels, Mapping) and order and order[-1] in found:
         levels[order[-1]] = output_levels
 
     signals = (
@@ -108,7 +108,8 @@ def hwang_sung(
     rows = []
     for path in paths:
         step, error = least_squares_step(survivors(found[path]), levels[path])
-        form = FixedGrid(torch.tensor(step).to(found[path].weight), -(levels[path] // 2), levels[path] // 2)
+        top = levels[path] // 2
+        form = FixedGrid(torch.tensor(step).to(found[path].weight), -top, top, ties="away")
         attach(found[path].module, form, at=found[path].name, root=model)
         factor = refine(model, task, form, candidates)
         rows.append({"layer": path, "levels": levels[path], "step": step * factor, "factor": factor, "error": error})

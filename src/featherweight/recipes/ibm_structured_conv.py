@@ -32,6 +32,7 @@ class Crossbar(Form):
     straight through.
     """
 
+    stands = ("weight",)
     order = 1
     stores = "free"
     settings = ("levels",)

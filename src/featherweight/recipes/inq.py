@@ -32,6 +32,7 @@ class FrozenPart(Form):
     Codes exist once every weight that a mask keeps is frozen.
     """
 
+    stands = ("weight",)
     frozen: Tensor
     fixed: Tensor
 

@@ -105,6 +105,7 @@ def clipped(seen: Seen, bits: int) -> Form:
 class ClippedActivations(Form):
     """`clip(x, 0, alpha)`, or `clip(x, -alpha, alpha)` if signed, in equal steps; settles as a fixed grid."""
 
+    stands = ("input", "output")
     settings = ("bits", "signed")
     alpha: nn.Parameter
 

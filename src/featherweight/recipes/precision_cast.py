@@ -31,6 +31,7 @@ class Cast(Form):
     What lies beyond the largest number becomes the largest number. The gradient passes straight through.
     """
 
+    stands = ("weight", "input", "output")
     settings = ("kind",)
 
     def __init__(self, kind: Literal["fp32", "fp16", "bf16"]) -> None:

@@ -20,6 +20,7 @@ from featherweight.core.task import Task
 StoredBits = Annotated[int, Interval(ge=2, le=16)]
 Offset = Literal["symmetric", "integer", "float"]
 Granularity = Literal["channel", "tensor", "group"]
+NEAR = 2**16  # steps from zero that float32 still divides finely
 STORED = (*WEIGHTED, nn.Embedding)
 
 
@@ -51,7 +52,8 @@ def pseudo_quant(
     Storage only. Weight-only kernels would execute it; ONNX Runtime and OpenVINO dequantize when they load the file.
 
     Departs from the paper: nothing is calibrated, trained or run in integers; the float offset is held as the zero
-    point `-min / scale`. Ranges are those of the weights that a mask leaves; a range of nothing gets the scale one.
+    point `-min / scale`, of float64 where min is so many steps that it takes that. Ranges are those of the weights that
+    a mask leaves; a range of nothing gets the scale one.
 
     Args:
         weight_bits: bits of a weight; or layer patterns with bits each.
@@ -93,7 +95,10 @@ def offset_grid(site: Site, bits: int, offset: Offset, axis: int | None, block: 
     top = 2**bits - 1
     scale = _scale((high - low) / top, site)
     zero = -low / scale.double()
-    zero = zero.round().clamp(0, top).int() if offset == "integer" else zero.to(scale.dtype)
+    if offset == "integer":
+        zero = zero.round().clamp(0, top).int()
+    elif float(zero.abs().max()) < NEAR:
+        zero = zero.to(scale.dtype)
     return FixedGrid(scale, 0, top, zero_point=zero, axis=axis, block=block)
 
 

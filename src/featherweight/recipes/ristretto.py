@@ -256,6 +256,7 @@ class Minifloat(Form):
     Rounding to m + 1 significant bits by Veltkamp's splitting: `t = (2^(23 - m) + 1) x`, `t - (t - x)`.
     """
 
+    stands = ("input", "output")
     settings = ("exponent", "mantissa")
 
     def __init__(self, exponent: int, mantissa: int) -> None:

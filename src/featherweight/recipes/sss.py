@@ -122,6 +122,7 @@ def accelerated(
 class Gate(Form):
     """Rows of a tensor times their factors: `index`, which broadcasts to the tensor, numbers the factors."""
 
+    stands = ("weight",)
     index: Tensor
 
     def __init__(self, factors: nn.Parameter, *index: Tensor) -> None:

@@ -48,8 +48,9 @@ def vanhoucke_int8(
     the number of pairs that could is noted (`saturated_sums` is that arithmetic). `lazy_logits` computes only the
     outputs that are asked for, exactly as all of them together.
 
-    The ONNX file holds the bytes and the grids; ONNX Runtime multiplies in float behind them (`int8` is what it
-    executes in integers).
+    The linear layers of the ONNX file run in integer kernels of ONNX Runtime, sums of 32 bits and float outputs as in
+    the paper; where the processor has VNNI instructions these have no such limit. Convolutions run there in float, on
+    weights and inputs that are integers: their integer kernel wants integer outputs too (`int8` gives it these).
 
     Departs from the paper: also for convolutions, and for activations that lie outside of [0, 1], whose range, and
     integer zero point if they are negative, comes from calibration; the network's input is quantized like the rest.

@@ -31,6 +31,7 @@ class DoReFaWeights(Form):
     levels, and zero is none of them.
     """
 
+    stands = ("weight",)
     settings = ("bits",)
     scale: Tensor
 
@@ -119,6 +120,7 @@ class DoReFaGradient(Form):
     The noise makes the rounding right on average; the result lies on the grid of `bits` bits between -m and m.
     """
 
+    stands = ("grad",)
     settings = ("bits",)
 
     def __init__(self, bits: int) -> None:

@@ -42,6 +42,7 @@ SMALLEST = 1e-18  # no step gets smaller, so that none is zero
 class LearnedWeights(Form):
     """`clamp(round(w / s), low, high) * s` with a trained step `s`, in all or of shape (channels,)."""
 
+    stands = ("weight",)
     settings = ("low", "high", "axis")
     step: nn.Parameter
 
@@ -79,6 +80,7 @@ class LearnedWeights(Form):
 class LearnedActivations(Form):
     """An activation on integers from `low` to `high` times a trained step; settles as a grid of that step."""
 
+    stands = ("input", "output")
     settings = ("low", "high")
     step: nn.Parameter
 

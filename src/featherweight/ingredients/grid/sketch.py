@@ -37,6 +37,7 @@ MOST = 8  # bases that the bits of one byte name
 class BinaryBases(Form):
     """`weight[o] = sum_j scales[o, j] * (+1 where bit j of the symbol is set, else -1)`; scales (out, m) are free."""
 
+    stands = ("weight",)
     stores = "free"
     settings = ("axis",)
     symbols: Tensor
@@ -68,11 +69,13 @@ class BinaryBases(Form):
 
 
 def signs_of(m: int) -> Tensor:
-    """The signs that the symbols 0 to 2^m - 1 stand for, shape (2^m, m), float64.
+    """The signs that the symbols 0 to 2^m - 1 of a byte stand for, shape (2^m, m), float64.
 
     >>> signs_of(2).tolist()
     [[-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]]
     """
+    if not 1 <= m <= MOST:
+        raise BadOption(f"{m} binary filters: symbols are bytes, which name 1 to {MOST}")
     return ((torch.arange(2**m).view(-1, 1) >> torch.arange(m)) % 2 * 2 - 1).double()
 
 

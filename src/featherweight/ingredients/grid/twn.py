@@ -35,6 +35,7 @@ class TernaryWeights(Form):
     Threshold and alpha are computed anew at every call, in all or per index of `axis`.
     """
 
+    stands = ("weight",)
     settings = ("axis", "exact")
 
     def __init__(self, axis: int | None = 0, *, exact: bool = True) -> None:
