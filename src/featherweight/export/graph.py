@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
@@ -96,9 +97,12 @@ def transposed_weights(proto: ModelProto) -> None:
             nodes.append(node)
             continue
         name = values.add(node.output[0] + "_stored", stored.T)
-        axis = next((a.i for a in found[0].attribute if a.name == "axis"), 1)
+        told = {a.name: a.i for a in found[0].attribute}
         inputs = [name, *found[0].input[1:]]
-        nodes.append(helper.make_node("DequantizeLinear", inputs, [node.output[0]], axis=1 - axis))
+        if "block_size" in told:
+            inputs[1] = values.add(node.output[0] + "_scale", found[1].T)
+        told["axis"] = 1 - told.get("axis", 1)
+        nodes.append(helper.make_node("DequantizeLinear", inputs, [node.output[0]], **told))
     _replace_nodes(proto, nodes)
 
 
@@ -108,8 +112,19 @@ def explicit_zero_points(proto: ModelProto) -> None:
     for node in proto.graph.node:
         scale = values.array(node.input[1]) if node.op_type == "DequantizeLinear" and len(node.input) == 2 else None
         stored = values.array(node.input[0]) if scale is not None else None
-        if scale is not None and stored is not None:
+        if scale is not None and stored is not None and scale.ndim < 2:
             node.input.append(values.add(f"{node.output[0]}_zero", np.zeros(scale.shape, stored.dtype)))
+
+
+def four_bits(proto: ModelProto) -> None:
+    """Stored integers with a scale a block that fit into four bits take no more than that."""
+    values = Values(proto)
+    for node in proto.graph.node:
+        if node.op_type == "DequantizeLinear" and any(a.name == "block_size" for a in node.attribute):
+            stored = values.array(node.input[0])
+            if stored is not None and stored.size and stored.min() >= -8 and stored.max() <= 7:
+                held = values.initializers[node.input[0]]
+                held.CopyFrom(numpy_helper.from_array(stored.astype(ml_dtypes.int4), node.input[0]))
 
 
 def integer_biases(proto: ModelProto) -> float:

@@ -25,6 +25,7 @@ class Lowered:
 
     model: nn.Module
     weights: int = 0
+    blocked: int = 0
     shifted: int = 0
     looked_up: int = 0
     halves: int = 0
@@ -59,6 +60,8 @@ def _lower_weight(lowered: Lowered, path: str, module: nn.Module) -> None:
     if codes is not None and (found := int8(codes)) is not None:
         stored = Stored(*found)
         lowered.weights += 1
+    elif codes is not None and (stored := blocked(codes)) is not None:
+        lowered.blocked += 1
     elif codes is not None and (stored := shifted(codes)) is not None:
         lowered.shifted += 1
     elif codes is not None and (stored := looked_up(codes)) is not None:
@@ -136,6 +139,35 @@ def _even(codes: Codes, table: Table) -> tuple[Tensor, Tensor, int] | None:
     if not bool((symbols.abs() <= 127).all()) or not torch.equal(symbols * step, codes.decode()):
         return None
     return symbols.to(torch.int8), step.clone(), 0
+
+
+def blocked(codes: Codes) -> Blocked | None:
+    """Codes with a scale a block as integers in the rows of a matrix, equal to the weight bit for bit; None if not."""
+    rule = codes.rule
+    if not isinstance(rule, Affine) or rule.block is None or bool(rule.zero_point.any()):
+        return None
+    rows = codes.shape[0]
+    symbols = codes.symbols.reshape(rows, -1)
+    if symbols.shape[1] % rule.block or bool((symbols < -128).any() | (symbols > 127).any()):
+        return None
+    stored = Blocked(symbols.to(torch.int8), rule.scale.reshape(rows, -1), rule.block, codes.shape)
+    return stored if torch.equal(stored(torch.empty(0)), codes.decode()) else None
+
+
+class Blocked(nn.Module):
+    """A weight of integers with a scale for each run of them within a row."""
+
+    symbols: Tensor
+    scale: Tensor
+
+    def __init__(self, symbols: Tensor, scale: Tensor, block: int, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("symbols", symbols)
+        self.register_buffer("scale", scale.contiguous())
+        self.block, self.shape = block, shape
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return dequantize_blocks(self.symbols, self.scale, self.block).reshape(self.shape)
 
 
 def shifted(codes: Codes) -> Shifted | None:
@@ -271,6 +303,17 @@ def _(symbols: Tensor, scale: Tensor, axis: int) -> Tensor:
     return symbols.new_empty(symbols.shape, dtype=scale.dtype)
 
 
+@torch.library.custom_op("featherweight::dequantize_blocks", mutates_args=())
+def dequantize_blocks(symbols: Tensor, scale: Tensor, block: int) -> Tensor:
+    """`symbols * scale`, both matrices, one scale for each run of `block` symbols of a row."""
+    return symbols.to(scale.dtype) * scale.repeat_interleave(block, 1)
+
+
+@dequantize_blocks.register_fake
+def _(symbols: Tensor, scale: Tensor, block: int) -> Tensor:
+    return symbols.new_empty(symbols.shape, dtype=scale.dtype)
+
+
 @torch.library.custom_op("featherweight::on_grid", mutates_args=())
 def on_grid(value: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
     """`value` rounded to a grid."""
@@ -283,16 +326,20 @@ def _(value: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tens
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """The ONNX nodes of the two operators, as torch.onnx takes them."""
+    """The ONNX nodes of our operators, as torch.onnx takes them."""
     import numpy
     from onnx import numpy_helper
     from onnxscript import opset18 as op
+    from onnxscript import opset21
 
     def constant(value: Any, dtype: Any) -> Any:
         return op.Constant(value=numpy_helper.from_array(numpy.asarray(value, dtype=dtype)))
 
     def store(symbols: Any, scale: Any, axis: int) -> Any:
         return op.DequantizeLinear(symbols, scale, axis=axis)
+
+    def store_blocks(symbols: Any, scale: Any, block: int) -> Any:
+        return opset21.DequantizeLinear(symbols, scale, axis=1, block_size=block)
 
     def grid(value: Any, scale: float, zero_point: int, low: int, high: int) -> Any:
         dtype = numpy.int8 if low < 0 else numpy.uint8
@@ -308,5 +355,6 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     return {
         torch.ops.featherweight.dequantize.default: store,
+        torch.ops.featherweight.dequantize_blocks.default: store_blocks,
         torch.ops.featherweight.on_grid.default: grid,
     }

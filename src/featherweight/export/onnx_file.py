@@ -29,6 +29,7 @@ from featherweight.errors import BadOption, ExportError, FormatError, TraceError
 from featherweight.export.graph import (
     constants_to_initializers,
     explicit_zero_points,
+    four_bits,
     integer_biases,
     name_batch,
     tidy,
@@ -39,6 +40,7 @@ from featherweight.export.lower import FREE, lower, translations
 from featherweight.export.runtime_session import Session, first_line
 
 OPSET = 20
+BLOCKS = 21  # the first operator set with a scale for each block of stored integers, and with four bits
 KEPT = (".symbols", ".half_precision")  # buffers of weights that are computed from what is stored
 FLOAT_TOLERANCE = 1e-4  # of the largest output; float kernels sum in another order
 GRID_TOLERANCE = 0.02  # the same on grids, where a value next to a rounding edge lands a step away now and then
@@ -52,6 +54,7 @@ class ExportReport:
     Attributes:
         kind: "float", "weights" (int8 weights, float arithmetic) or "qdq" (int8 weights and activations).
         int8_weights: how many layers store their weights as int8.
+        blocked: how many store them as integers with a scale for each block, of four bits where they fit.
         shifted: how many store them as integers around a zero point, or with scales for blocks, executed in float.
         looked_up: how many store them as bytes that point into a table of values or vectors, executed in float.
         halves: how many store them in half precision, exactly, executed in float.
@@ -70,6 +73,7 @@ class ExportReport:
     dynamic_batch: bool
     kind: str
     int8_weights: int
+    blocked: int
     shifted: int
     looked_up: int
     halves: int
@@ -95,10 +99,11 @@ def onnx(
 ) -> ExportReport:
     """Writes a model as ONNX, whole or not at all; the same model gives the same bytes. The model is not changed.
 
-    The first dimension of the inputs is dynamic. Weights with declared int8 codes become int8 initializers, those
-    on other grids integers of one or two bytes, those with tables of at most 256 values or vectors bytes and a table,
-    those that float16 or bfloat16 holds exactly such; grids on activations become QuantizeLinear and DequantizeLinear,
-    biases between the two int32; everything else is float and exact.
+    The first dimension of the inputs is dynamic. Weights with declared int8 codes become int8 initializers, those with
+    a scale a block integers of four or eight bits, those on other grids integers of one or two bytes, those with tables
+    of at most 256 values or vectors bytes and a table, those that float16 or bfloat16 holds exactly such; grids on
+    activations become QuantizeLinear and DequantizeLinear, biases between the two int32; everything else is float and
+    exact.
 
     Args:
         example_inputs: a tensor, tuple or dictionary of inputs, as the model takes them.
@@ -118,16 +123,18 @@ def onnx(
         expected = copy(*call[0], **call[1])
     names = _input_names(copy, call, input_names), _output_names(expected, output_names)
     lowered = lower(deepcopy(copy))
+    opset = max(opset, BLOCKS) if lowered.blocked else opset
     proto, dynamic = _traced(lowered.model, call, names, opset)
     constants_to_initializers(proto)
     without_idle_relus(proto)
     transposed_weights(proto)
     explicit_zero_points(proto)
+    four_bits(proto)
     moved = integer_biases(proto)
     name_batch(proto, dynamic)
     content = tidy(proto)
     _check_format(content)
-    kind = "qdq" if lowered.grids else "weights" if lowered.weights else "float"
+    kind = "qdq" if lowered.grids else "weights" if lowered.weights or lowered.blocked else "float"
     difference, optimized = _gate(copy, content, call, dynamic, kind) if check else (None, None)
     _write(Path(path), content)
     return ExportReport(
@@ -139,6 +146,7 @@ def onnx(
         dynamic_batch=dynamic,
         kind=kind,
         int8_weights=lowered.weights,
+        blocked=lowered.blocked,
         shifted=lowered.shifted,
         looked_up=lowered.looked_up,
         halves=lowered.halves,
