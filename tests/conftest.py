@@ -1,5 +1,6 @@
 """Small networks and tasks that the tests share; every test starts from the same seed."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -12,6 +13,12 @@ from torch import Tensor, nn
 import featherweight.core.task as core
 from featherweight import pipeline
 from featherweight.core.fit import fit
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected by now stays; searching it for garbage again and again took a second a time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

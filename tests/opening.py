@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,16 @@ def opened_tensor(data: bytes) -> Outcome:
     return outcome
 
 
+def _least(call: Callable[[], Any], took: float) -> float:
+    """The least of three tries where the first was slow: what is compiled or imported once is not the file's."""
+    for _ in range(2 if took > SECONDS else 0):
+        start = time.process_time()
+        with suppress(FeatherweightError):
+            call()
+        took = min(took, time.process_time() - start)
+    return took
+
+
 def _nothing(found: Any) -> None:
     """All that there is to check of what was only looked at."""
 
@@ -90,10 +101,10 @@ def _answer(outcome: Outcome, way: str, call: Callable[[], Any], check: Callable
     start = time.process_time()
     try:
         found = call()
-        outcome.seconds = max(outcome.seconds, time.process_time() - start)
+        outcome.seconds = max(outcome.seconds, _least(call, time.process_time() - start))
         check(found)
     except FeatherweightError as error:
-        outcome.seconds = max(outcome.seconds, time.process_time() - start)
+        outcome.seconds = max(outcome.seconds, _least(call, time.process_time() - start))
         sentence = str(error)
         outcome.answers.append((way, type(error).__name__, sentence))
         if len(sentence) > LONGEST or not sentence.isprintable():
