@@ -64,6 +64,18 @@ RECIPES = {
     "mobilenet_v2_fashion_mnist": Recipe(
         "mobilenet_v2:halvings=3", "fashion_mnist", epochs=5, lr=0.1, augment="shift+flip", channels_last=True
     ),
+    **{  # the teachers of `distillation.py`
+        f"resnet32_half_fashion_mnist_seed{seed}": Recipe(
+            "resnet:depth=32,width=0.5",
+            "fashion_mnist",
+            epochs=3,
+            lr=0.1,
+            seed=seed,
+            augment="shift+flip",
+            channels_last=True,
+        )
+        for seed in range(3)
+    },
 }
 
 

@@ -1,6 +1,7 @@
 """Writes the generated pages: `methods.md` from the catalogue, `results.md` from the results of the benchmarks.
 
-The tables in `pruning.md` and `quantization.md` come from the catalogue, results and a file of facts each.
+The tables in `pruning.md` and `quantization.md` come from the catalogue, results and a file of facts each, those in
+`distillation.md` from results.
 
 Also the keys and the example in `recipes.md`, and the JSON schema of recipes.
 """
@@ -176,6 +177,179 @@ def quantization(page: str) -> str:
     return filled(page, parts)
 
 
+def told_gain(value: dict[str, Any] | None) -> str:
+    """A paired difference in points with its 95 % interval, bold where that leaves 0 out."""
+    if value is None:
+        return "-"
+    if value["half"] is None:
+        return f"{value['mean']:+.2f}"
+    text = f"{value['mean']:+.2f} ± {value['half']:.2f}"
+    return f"**{text}**" if abs(value["mean"]) > value["half"] else text
+
+
+def told_arm(arm: dict[str, Any]) -> str:
+    """What an arm trains with."""
+    options = {key: value for key, value in arm["options"].items() if value != {}}
+    text = f"`{arm['method']}`" if arm["method"] else "labels alone"
+    text += f" `{json.dumps(options)}`" if options else ""
+    for key, words in (("teachers", "{} teachers"), ("smoothing", "smoothed by {}"), ("times", "{} times the epochs")):
+        plain = {"teachers": 1, "smoothing": 0.0, "times": 1.0}[key]
+        text += "" if arm[key] == plain else ", " + words.format(arm[key])
+    return text
+
+
+def arms(found: dict[str, Any], against: list[str]) -> list[str]:
+    """The arms of an experiment: what they came to, and what they brought over others, seed by seed."""
+    rows = []
+    for name, arm in found["experiment"]["arms"].items():
+        one = found["summary"].get(name)
+        failed = [row for row in found["rows"] if row["arm"] == name and "failed" in row]
+        if one is not None:
+            gains = [told_gain(one["over"].get(other)) for other in against]
+            seconds = f"{one['processor_seconds']['mean']:.0f}"
+            rows.append([name, told_arm(arm), one["result"]["n"], told(one["result"]), *gains, seconds])
+        else:
+            rows.append([name, told_arm(arm), f"failed: {len(failed)}" if failed else "not run", *["-"] * 4])
+    head = ["arm", "trained by", "seeds", f"{found['experiment']['told']}, %", *(f"over {one}" for one in against)]
+    return table([*head, "processor's seconds a run"], rows)
+
+
+def verdicts(found: dict[str, Any], baseline: str, names: list[str]) -> list[str]:
+    """What the intervals say of the sign of each gain."""
+    lines = []
+    for name in names:
+        gain = found["summary"].get(name, {}).get("over", {}).get(baseline)
+        if gain is not None and gain["half"] is not None:
+            low, high = gain["mean"] - gain["half"], gain["mean"] + gain["half"]
+            said = "better, the sign is confirmed" if low > 0 else "worse" if high < 0 else "no effect shown"
+            lines.append(
+                f"- {name} over {baseline}: {gain['mean']:+.2f} points ({low:+.2f} to {high:+.2f}, "
+                f"{gain['n']} seeds): {said}."
+            )
+    return lines
+
+
+def sweep(found: dict[str, Any]) -> list[str]:
+    """Temperature by weight, with and without t^2; the trained-alone student beside them."""
+    results = {name: f"{one['result']['mean']:.2f}" for name, one in found["summary"].items()}
+    columns = [(alpha, factor) for factor in ("t^2", "1") for alpha in (0.5, 0.9)]
+    rows = []
+    for t in (1, 2, 4, 20):
+        cells = [results.get(f"t={t}, alpha={a}, {'t^2' if t == 1 else factor}", "-") for a, factor in columns]
+        rows.append([t, *cells])
+    head = [f"alpha {a}, {'with' if factor == 't^2' else 'without'} t^2" for a, factor in columns]
+    return [*table(["t", *head], rows), "", f"The student alone: {results.get('alone', '-')}."]
+
+
+def ratios(found: dict[str, Any]) -> list[str]:
+    """Teacher and student side by side."""
+    big, small = (found["networks"][key] for key in ("teacher", "student"))
+    rows = [
+        [name, f"{big[key]:,}", f"{small[key]:,}", f"{big[key] / small[key]:.2f}x", paper]
+        for name, key, paper in (
+            ("parameters", "params", "6.11x"),
+            ("MACs of an image", "macs", "5.27x"),
+            ("bytes of the bare file", "bytes", "-"),
+        )
+    ]
+    for row in found["latency"]:
+        if row["name"] == "result":
+            rows.append([f"latency, {row['runtime']}, batch {row['batch']}", "-", "-", f"{1 / row['ratio']:.2f}x", "-"])
+    accuracies = ", ".join(f"{100 * one['test']:.2f}" for one in big["accuracy"])
+    lines = table(["", "teacher", "student", "ratio", "the thesis's"], rows)
+    return [*lines, "", f"The three teachers have {accuracies} % on test, and saw all 55,000 labels."]
+
+
+def bridges(found: dict[str, Any]) -> list[str]:
+    """Weights of what joins two layers."""
+    rows = []
+    for one in found["rows"]:
+        for name in ("fully connected", "1x1", "locality"):
+            size = one["bytes"][name]
+            told_size = f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB" if size else "0"
+            rows.append([one["layers"], name, f"{one['weights'][name]:,}", told_size, f"{one['macs'][name]:.2e}"])
+    return table(["layers", "joined by", "weights", "fp32", f"MACs of a batch of {found['batch']}"], rows)
+
+
+def crossover(found: dict[str, Any]) -> list[str]:
+    """Milliseconds of locality and of the fully connected hint."""
+    widths = sorted({row["width"] for row in found["rows"]})
+    rows = []
+    for m in sorted({row["samples"] for row in found["rows"]}):
+        here = {row["width"]: row for row in found["rows"] if row["samples"] == m}
+        rows.append([m, *(f"{here[d]['locality']:.1f} / {here[d]['hint']:.1f}" for d in widths)])
+    return table(["samples", *(f"width {d}" for d in widths)], rows)
+
+
+def collapse(found: dict[str, Any]) -> list[str]:
+    """Spread and rank of the features at the start of every epoch and at the end."""
+    rows = []
+    for row in found["rows"]:
+        told_of_all = [f"{one['log10_variance']:.2f} / {one['effective_rank']:.1f}" for one in row["features"]]
+        rows.append([row["arm"], *told_of_all, f"{100 * row['valid']:.1f}"])
+    count = max(len(row["features"]) for row in found["rows"])
+    return table(["trained on", *(f"after {epoch}" for epoch in range(count)), "valid, %"], rows)
+
+
+def made_of(found: dict[str, dict[str, Any]]) -> list[str]:
+    """The commits and versions behind the figures."""
+    rows = [
+        [name, f"`{one['commit']}`", one["environment"]["versions"]["torch"], f"`distillation_{name}.json`"]
+        for name, one in found.items()
+    ]
+    return table(["experiment", "commit", "torch", "results"], rows)
+
+
+def distillation(page: str) -> str:
+    """The page about distillation with its tables as the results are now."""
+    names = ("costs", "temperature", "trials", "thesis", "memory", "crossover", "graphs", "collapse")
+    paths = {name: RESULTS / f"distillation_{name}.json" for name in names}
+    found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    makers = {
+        "costs": ratios,
+        "temperature": sweep,
+        "trials": lambda one: arms(one, ["alone"]),
+        "thesis": lambda one: arms(one, ["student alone", "label smoothing", "kd"]),
+        "memory": bridges,
+        "crossover": crossover,
+        "graphs": lambda one: arms(one, ["student alone", "random", "kd"]),
+        "collapse": collapse,
+    }
+    parts = {name: make(found[name]) if name in found else ["Not run."] for name, make in makers.items()}
+    if "thesis" in found:
+        methods_there = [name for name in found["thesis"]["experiment"]["arms"] if name != "student alone"]
+        parts["verdicts"] = verdicts(found["thesis"], "student alone", methods_there)
+        parts["verdicts"] += verdicts(found["thesis"], "kd", ["cross_layer_matrix", "chou_full", "label smoothing"])
+    if "graphs" in found:
+        graph = "teacher's neighbours"
+        parts["neighbours"] = [
+            *verdicts(found["graphs"], "student alone", [graph]),
+            *(
+                line
+                for other in ("same label", "random", "student's own")
+                for line in verdicts(found["graphs"], other, [graph])
+            ),
+            *verdicts(found["graphs"], "kd", [f"{graph} + kd"]),
+        ]
+    parts["versions"] = made_of(found)
+    return filled(page, {name: parts.get(name, ["Not run."]) for name in MARKS})
+
+
+MARKS = (
+    "costs",
+    "verdicts",
+    "thesis",
+    "temperature",
+    "trials",
+    "memory",
+    "crossover",
+    "neighbours",
+    "graphs",
+    "collapse",
+    "versions",
+)
+
+
 def measured(name: str) -> str:
     """What experiments that start with this method came to."""
     told_of_all = []
@@ -197,6 +371,7 @@ def measured(name: str) -> str:
 if __name__ == "__main__":
     (HERE / "pruning.md").write_text(pruning((HERE / "pruning.md").read_text()))
     (HERE / "quantization.md").write_text(quantization((HERE / "quantization.md").read_text()))
+    (HERE / "distillation.md").write_text(distillation((HERE / "distillation.md").read_text()))
     (HERE / "methods.md").write_text(methods())
     (HERE / "results.md").write_text(results())
     (HERE / "recipes.md").write_text(recipes((HERE / "recipes.md").read_text()))
