@@ -49,6 +49,7 @@ class Ran:
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Task]]] = {
     "albert_embedding": (Sentences, token_task),
     "albert_share": (small_stack, small_task),
+    "bert_to_bilstm": (Sentences, token_task),
     "compact_rnn_sharing": (Sequences, sequence_task),
 }
 
