@@ -7,12 +7,14 @@ chains before the first method starts, and `schema` the editors of recipes.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from functools import cache, wraps
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Interval
+from pydantic import BeforeValidator
 
 from featherweight.errors import BadOption, unknown, within
 
@@ -30,6 +32,9 @@ Count = Annotated[int, Ge(1)]
 Whole = Annotated[int, Ge(0)]
 """How many of something, perhaps none."""
 Bits = Annotated[int, Interval(ge=1, le=16)]
+
+File = Annotated[str, BeforeValidator(lambda given: os.fspath(given) if isinstance(given, os.PathLike) else given)]
+"""Where a file or a folder stands, as text or as a path."""
 
 
 def checked(*rules: Rule) -> Callable[[F], F]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, final, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from featherweight.allowed import Amount, Positive, admit, checked
+from featherweight.allowed import Amount, File, Positive, admit, checked
 from featherweight.catalogue import Slot, fill
 from featherweight.core.features import INPUT, Taps, is_map, matched, same_size
 from featherweight.core.fit import Optimizers
@@ -20,6 +20,7 @@ from featherweight.core.ledger import note, show
 from featherweight.core.surgery import taps
 from featherweight.core.task import Batch, Task, device_of, eval_mode, first, loss_of, prediction, run, to_device
 from featherweight.core.taught import teacher_of
+from featherweight.core.teacher_cache import cached
 from featherweight.errors import BadData, BadOption, UnknownName, unknown
 
 Match = Callable[[Taps, Taps, Batch, float], Tensor]
@@ -79,6 +80,7 @@ def distill(
     lr: Positive = 1e-3,
     optimizer: Optimizers = None,
     params: Iterable[nn.Parameter] | None = None,
+    teacher_cache: File | None = None,
 ) -> nn.Module:
     """Trains `model`, the student, on `labels * task.loss + weight * match(student, teacher)`.
 
@@ -100,12 +102,15 @@ def distill(
         lr: learning rate.
         optimizer: as in `fit`.
         params: parameters of the student that are trained; all of them when left out.
+        teacher_cache: folder in which the teacher's outputs for every training batch are kept, and read in later
+            passes and runs; for data in a fixed order without random augmentation. The student is the same.
 
     Raises:
         MissingNeed: the task has no teacher.
-        BadOption: all weights are 0, the teacher is the student, or its features cannot be compared with the student's.
+        BadOption: all weights are 0, the teacher is the student, or its features cannot be compared with the student's;
+            with `teacher_cache`, the match differentiates the teacher, or the teacher is random.
         UnknownName: a pair names a layer that is not there.
-        BadData: a batch has too few samples for the comparison.
+        BadData: a batch has too few samples for the comparison; `teacher_cache` is of another teacher or other data.
     """
     formula = with_settings(fill("match", match), settings or {})
     terms = {_name(formula): Term(formula, weight, pairs)} if callable(weight) or weight else {}
@@ -122,6 +127,7 @@ def distill(
         lr=lr,
         optimizer=optimizer,
         params=params,
+        teacher_cache=teacher_cache,
     )
 
 
@@ -137,6 +143,7 @@ def learn(
     lr: float,
     optimizer: Optimizers = None,
     params: Iterable[nn.Parameter] | None = None,
+    teacher_cache: File | None = None,
 ) -> nn.Module:
     """`distill` with any number of terms: trains `model` on `labels * task.loss` and their sum; see there."""
     teacher = teacher_of(model, task)
@@ -153,15 +160,23 @@ def learn(
     inputs = any(one.inputs for one in joined.values())
     trained = list(model.parameters() if params is None else params)
 
+    def asked(batch: Batch) -> Taps:
+        with unchanged(teacher) if inputs else eval_mode(teacher):
+            return tapped(teacher, teacher, task, batch, theirs, whole, inputs)[0]
+
+    ask: Callable[[Batch], Taps] = asked
+    if joined and teacher_cache is not None and epochs:
+        if inputs:
+            raise BadOption("what differentiates the teacher by its input cannot be kept: leave teacher_cache out")
+        ask = cached(teacher_cache, teacher, task, [*theirs, *([""] if whole else [])], asked)
+
     def step(student: nn.Module, batch: Batch, progress: float) -> dict[str, Tensor]:
         losses = {}
         seen, output, target = tapped(student, model, task, batch, ours, whole, inputs)
         if labels:
             losses["labels"] = labels * loss_of(task, output, target)
         if joined:
-            with unchanged(teacher) if inputs else eval_mode(teacher):
-                shown, _, _ = tapped(teacher, teacher, task, batch, theirs, whole, inputs)
-            shown = to_device(shown, device_of(model))
+            shown = to_device(ask(batch), device_of(model))
         for name, one in joined.items():
             loss = one(seen, shown, batch, progress)
             loss = limited(loss, losses["labels"], trained) if one.limited else loss

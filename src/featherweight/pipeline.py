@@ -25,6 +25,7 @@ from featherweight.coding import SaveReport, load, save
 from featherweight.core import ledger, measuring, progress, tracking
 from featherweight.core.agree import answer, compared
 from featherweight.core.cost import cost
+from featherweight.core.digests import digest, fingerprint, raw
 from featherweight.core.examine import examine
 from featherweight.core.forms import bake
 from featherweight.core.surgery import find_layers
@@ -42,17 +43,7 @@ from featherweight.core.wiring import recalling, wire
 from featherweight.errors import BadData, BadOption, BadRecipe, CompressionError, FeatherweightError, within
 from featherweight.figures import figures_of, latency, paired_test, rows, stopwatch
 from featherweight.outputs import FRESH, prepare, take_over, write_json
-from featherweight.provenance import (
-    digest,
-    environment,
-    fingerprint,
-    identity,
-    raw,
-    raw_bytes,
-    seed_everything,
-    threads_of,
-    versions,
-)
+from featherweight.provenance import environment, identity, raw_bytes, seed_everything, threads_of, versions
 from featherweight.recipe_model import check_settings
 
 Step = str | tuple[str, Mapping[str, Any]] | Callable[..., nn.Module]

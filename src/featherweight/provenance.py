@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from featherweight import catalogue
 
@@ -38,20 +38,6 @@ def threads_of(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def raw(tensor: Tensor) -> bytes:
-    """The bytes of a tensor, row by row."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def digest(model: nn.Module) -> str:
-    """SHA-256 over names, shapes and bytes of a model's state."""
-    found = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(raw(tensor))
-    return found.hexdigest()
-
-
 def identity(value: Any) -> Any:
     """An option's value as JSON; a function by its name and code, so that a changed function is another one."""
     code = getattr(inspect.unwrap(value), "__code__", None)
@@ -59,12 +45,6 @@ def identity(value: Any) -> Any:
         return catalogue.plain(value)
     made = hashlib.sha256(code.co_code + repr(code.co_consts).encode()).hexdigest()
     return [getattr(value, "__module__", ""), value.__qualname__, made]
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a model's state and of the kinds of its modules: unchanged if and only if a method touched nothing."""
-    kinds = " ".join(f"{path}:{type(module).__name__}" for path, module in model.named_modules())
-    return hashlib.sha256((kinds + digest(model)).encode()).hexdigest()
 
 
 def raw_bytes(model: nn.Module) -> int:

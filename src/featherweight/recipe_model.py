@@ -5,7 +5,6 @@ Nothing heavy is imported here, so that the command line can be built from it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
@@ -13,12 +12,11 @@ from annotated_types import Ge, Lt, MinLen
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from featherweight import budget
-from featherweight.allowed import Count, told
+from featherweight.allowed import Count, File, told
 from featherweight.core.tracking import Name
 from featherweight.errors import BadOption, FeatherweightError, unknown
 
 NETWORK = "zoo name (lenet5, resnet:depth=20,width=0.5), file.py:function, package.module:function or a .fw file"
-File = Annotated[str, BeforeValidator(lambda given: os.fspath(given) if isinstance(given, os.PathLike) else given)]
 FUNCTION = r"^.+:[A-Za-z_]\w*$"  # of a method: file.py:function or package.module:function
 EPHEMERAL = {"out", "resume", "tracker", "tracker_dir"}  # what a result does not depend on
 

@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import nn
 
-from featherweight.allowed import Amount, Positive, Share
+from featherweight.allowed import Amount, File, Positive, Share
 from featherweight.catalogue import recipe
 from featherweight.core.fit import Optimizers
 from featherweight.core.task import Task
@@ -30,6 +30,7 @@ def kd(
     epochs: Amount = 10,
     lr: Positive = 1e-3,
     optimizer: Optimizers = None,
+    teacher_cache: File | None = None,
 ) -> nn.Module:
     """Trains on `(1 - alpha) H(y, p_S) + alpha t^2 KL(p_T^t || p_S^t)`, the teacher's probabilities softened by t.
 
@@ -45,7 +46,18 @@ def kd(
         epochs: passes over the training data.
         lr: learning rate.
         optimizer: as in `fit`.
+        teacher_cache: folder in which the teacher's outputs are kept, as in `distill`.
     """
     match = partial(softened, temperature=temperature)
     mix = (1 - alpha, alpha) if weight is None else (1.0, weight / temperature**2)
-    return distill(model, task, match=match, labels=mix[0], weight=mix[1], epochs=epochs, lr=lr, optimizer=optimizer)
+    return distill(
+        model,
+        task,
+        match=match,
+        labels=mix[0],
+        weight=mix[1],
+        epochs=epochs,
+        lr=lr,
+        optimizer=optimizer,
+        teacher_cache=teacher_cache,
+    )
