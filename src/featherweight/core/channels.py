@@ -563,7 +563,7 @@ class _Lab:
         try:
             with torch.no_grad(), Double() if dtype == torch.float64 else nullcontext():
                 expected = masked_outputs(trial, replace(self.channels, example_inputs=inputs), torch.empty(0))
-                wrong = None if isinstance(trial, Wired) else _verdict(trial, inputs, expected, exact)
+                wrong = None if isinstance(trial, Wired) else verdict(trial, inputs, expected, exact)
         except (RuntimeError, TypeError):
             return False
         if wrong is None:
@@ -577,7 +577,7 @@ class _Lab:
             expected = masked_outputs(self.model, channels, doomed)
             undo = _remove(self.model, channels, doomed)
             try:
-                return _verdict(self.model, self.inputs, expected, self.tolerance)
+                return verdict(self.model, self.inputs, expected, self.tolerance)
             finally:
                 for step in reversed(undo):
                     step()
@@ -601,7 +601,7 @@ class _Lab:
         with torch.no_grad(), self.precision():
             undo = _remove(self.hollow, self.channels, doomed)
             try:
-                return _verdict(self.hollow, self.blank, self.shapes, 0.0)
+                return verdict(self.hollow, self.blank, self.shapes, 0.0)
             finally:
                 for step in reversed(undo):
                     step()
@@ -611,7 +611,7 @@ class _Lab:
         return Double() if self.dtype == torch.float64 else nullcontext()
 
 
-def _verdict(model: nn.Module, inputs: Any, expected: Sequence[Any], tolerance: float) -> str | None:
+def verdict(model: nn.Module, inputs: Any, expected: Sequence[Any], tolerance: float) -> str | None:
     args, kwargs = as_call(inputs)
     try:
         with torch.no_grad():
@@ -796,7 +796,7 @@ def remove_channels(
         before = _hidden(model)
         undo = _remove(model, channels, numbers, edits, optimizer)
         half = any(p.dtype in HALF for p in model.parameters())
-        wrong = _verdict(model, channels.example_inputs, expected, 0.1 if half else 1e-3)
+        wrong = verdict(model, channels.example_inputs, expected, 0.1 if half else 1e-3)
         if wrong is not None:
             for step in reversed(undo):
                 step()
@@ -837,7 +837,7 @@ def _remove(
     for name, mask, dim in _masks(channels, gone):
         cuts[name].append((~mask, dim))
     undo: list[Callable[[], None]] = []
-    weights, owners = weight_tensors(model), _owners(model)
+    weights, owners = weight_tensors(model), holders(model)
     scale = {name: (rows, ids) for names, rows, ids in channels.rescales for name in names if gone[ids].any()}
     for name in dict.fromkeys([*cuts, *scale]):
         old = weights[name]
@@ -849,22 +849,22 @@ def _remove(
             new = _cut(new, keep, dim)
         fresh: Tensor = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
         for module, key in owners[id(old)]:
-            undo.append(_assign(module, key, fresh))
+            undo.append(assign(module, key, fresh))
             if key in module._non_persistent_buffers_set:
                 undo.append(_persistent(module, key))
         if optimizer is not None and isinstance(old, nn.Parameter) and isinstance(fresh, nn.Parameter):
             undo.append(_follow(optimizer, old, fresh, cuts.get(name, [])))
     for path, module in model.named_modules():
         for key, value in _attributes(path, module, channels, gone).items():
-            undo.append(_assign(module, key, value))
+            undo.append(assign(module, key, value))
             if edits is not None:
                 edits.setdefault(path, {})[key] = value
     changes = {w.place: int((~gone[w.ids]).sum()) for w in channels.literals if gone[w.ids].any()}
     if isinstance(model, Wired) and changes:
-        undo.append(_assign(model, "wiring", model.resized(changes)))
+        undo.append(assign(model, "wiring", model.resized(changes)))
     picks = [c for c in channels.constants if gone[c.ids].any()]
     if isinstance(model, Wired) and picks:
-        undo.append(_assign(model, "wiring", picking(model.wiring, [c.pick for c in picks])))
+        undo.append(assign(model, "wiring", picking(model.wiring, [c.pick for c in picks])))
         undo += [_buffer(model, c.pick.index, (~gone[c.ids]).nonzero().flatten()) for c in picks]
     return undo
 
@@ -881,7 +881,7 @@ def _cut(tensor: Tensor, keep: Tensor, dim: int) -> Tensor:
     return torch.cat([part(g, k, 1) for g, k in zip(groups, keep, strict=True)])
 
 
-def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Every (module, attribute) that holds a tensor, by the tensor."""
     found: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for module in model.modules():
@@ -897,7 +897,7 @@ def _persistent(module: nn.Module, key: str) -> Callable[[], None]:
     return lambda: module._non_persistent_buffers_set.add(key)
 
 
-def _assign(module: nn.Module, key: str, value: Any) -> Callable[[], None]:
+def assign(module: nn.Module, key: str, value: Any) -> Callable[[], None]:
     """Sets an attribute, and returns what sets it back."""
     old = getattr(module, key)
     setattr(module, key, value)
@@ -942,7 +942,7 @@ def _follow(
 
 def _attributes(path: str, module: nn.Module, channels: Channels, gone: Tensor) -> dict[str, Any]:
     """The attributes of a module that differ after a removal, with their new values."""
-    found = _known(module)
+    found = sizes_of(module)
     if found is None:
         found = {}
         for a in channels.attributes:
@@ -954,7 +954,7 @@ def _attributes(path: str, module: nn.Module, channels: Channels, gone: Tensor) 
     return {key: value for key, value in found.items() if getattr(module, key) != value}
 
 
-def _known(module: nn.Module) -> dict[str, Any] | None:  # noqa: PLR0911 - one straight table
+def sizes_of(module: nn.Module) -> dict[str, Any] | None:  # noqa: PLR0911 - one straight table
     """Attributes of torch's own layers, read off their weights; None for any other module."""
     weight = getattr(module, "weight", None)
     shape = tuple(weight.shape) if isinstance(weight, Tensor) else ()
@@ -1001,7 +1001,7 @@ def _counting(
     found: list[Attribute] = []
     tied: list[tuple[Tensor, ...]] = []
     for path, module in model.named_modules():
-        if _known(module) is not None:
+        if sizes_of(module) is not None:
             continue
         counted = [(n, ids) for n, ids in numbers.get(path, []) if ids is None or len(ids) == n]  # not -1
         for key, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:

@@ -133,6 +133,32 @@ def _scalable_before(node: fx.Node, names: dict[str, str], owners: dict[str, lis
     return layer
 
 
+def rectified(model: nn.Module, example_inputs: Any) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """The modules whose output a rectifier alone reads, by path: the layer, and the rectifier as a module of its own.
+
+    The module is the layer itself, or the batch norm behind it. Each is called once. The model holds no forms.
+
+    Raises:
+        TraceError: the model cannot be traced.
+    """
+    program = trace(model, example_inputs)
+    names, owners = graph_inputs(program).tensors, _owners(model)
+    paths = {id(module): path for path, module in model.named_modules()}
+    found: list[tuple[str, tuple[nn.Module, nn.Module]]] = []
+    for node in program.graph.nodes:
+        limits = _limits(node) if node.op == "call_function" and operator_name(node) in ("relu", "hardtanh") else None
+        before = node.args[0] if limits is not None and limits[0] == 0 else None
+        if limits is None or not isinstance(before, fx.Node) or len(before.users) > 1:
+            continue
+        norm = _norm_of(before, names, owners)
+        layer = _layer_before(node if norm is None else before, names, owners)
+        if isinstance(layer, nn.Module) and (norm is None or not altered(norm)):
+            last = nn.ReLU() if limits[1] == float("inf") else nn.Hardtanh(*limits)
+            found.append((paths[id(layer if norm is None else norm)], (layer, last)))
+    hosts = [path for path, _ in found]
+    return {path: told for path, told in found if hosts.count(path) == 1}
+
+
 @dataclass(frozen=True)
 class SignsBehind:
     """What stands between a layer and the signs that alone are read of it: a batch norm, then `steps`.
