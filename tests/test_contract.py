@@ -284,6 +284,7 @@ REFUSALS = {
     ("ista_bn", "regression"): "choose a method that ranks weights",
     ("kd", "regression"): "need the scores of at least two classes",
     ("lasso_mlp", "segmentation"): "no linear layer",
+    ("net2net", "recurrent"): "choose another method",
     ("network_slimming", "dictionary"): "choose a method that ranks weights",
     ("network_slimming", "recurrent"): "choose a method that ranks weights",
     ("network_slimming", "regression"): "choose a method that ranks weights",
