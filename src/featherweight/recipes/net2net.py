@@ -206,7 +206,7 @@ def identity(layer: nn.Module, kernel: int, *, bias: bool) -> nn.Module:
         start = nn.init.dirac_(torch.empty(size, size, *[kernel] * dims))
     with torch.no_grad():
         new.weight.copy_(start)
-        if bias:
+        if isinstance(new.bias, Tensor):
             new.bias.zero_()
     return new.to(weight)
 
