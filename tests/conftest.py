@@ -2,6 +2,8 @@
 
 import gc
 import os
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,6 +32,15 @@ def _seed() -> None:
 def _short_timing() -> None:
     """Tests look at what is timed, not at how long it takes."""
     pipeline.LATENCY_SECONDS = 0.01
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _operators_once() -> None:
+    """PyTorch reads its table of 500 ONNX operators anew for every export, half of its time; here it is read once."""
+    with suppress(ImportError, AttributeError):  # it is a part that PyTorch does not promise: without it tests are slow
+        from torch.onnx._internal.exporter._registration import onnxscript_apis
+
+        onnxscript_apis.get_torchlib_ops = cache(onnxscript_apis.get_torchlib_ops)
 
 
 class Batches:

@@ -32,9 +32,9 @@ def runs(tmp_path_factory):
     def ran(name: str) -> contract.Ran:
         if name not in done:
             model, task = contract.trained(name)
-            folder: Path = tmp_path_factory.mktemp(name)
+            before, folder = contract.state(model), tmp_path_factory.mktemp(name)
             result = fw.compress(model, task, name, out=folder, **entries()[name].small)
-            done[name] = contract.Ran(entries()[name], model, task, result, folder)
+            done[name] = contract.Ran(entries()[name], model, before, task, result, folder)
         return done[name]
 
     return ran
