@@ -144,7 +144,18 @@ def _stage(index: int, params: int, steps: int) -> dict[str, Any]:
         "skipped": {f"stage{n}.norm": "a batch norm: this method works on convolutions" for n in range(9)},
         "notes": [f"note {n}" for n in range(15)],
         "rolled_back": undone,
+        "tables": {"gradient_shares": [_shares(f"training {n} of step {index}") for n in range(2)]},
         **({"why": "drop is 2.25 pt, drop<=1pt was asked"} if undone else {}),
+    }
+
+
+def _shares(training: str) -> dict[str, Any]:
+    points = [{"progress": n / 9, "shares": [0.9 - n / 15, 0.1 + n / 15, None if n < 3 else 0.0]} for n in range(9)]
+    return {
+        "training": training,
+        "at": "head.weight",
+        "terms": ["labels", "softened", "maps_of_the_last"],
+        "points": points,
     }
 
 

@@ -134,7 +134,10 @@ def test_layers_are_found_and_said():
         distill(student, replace(task, teacher=teacher), match="gram_matrices", labels=1, weight=1, epochs=1)
     assert any("the student's layer 2 with the teacher's layer 1" in text for text in ledger.notes)
     assert any("8 channels of 2 reach the 12 of 1 through Conv2d" in text for text in ledger.notes)
-    assert any(text.startswith("gradient shares at epoch 0: labels") for text in ledger.notes)
+    (shares,) = ledger.tables["gradient_shares"]
+    assert (shares["at"], shares["terms"]) == ("3.weight", ["labels", "gram_matrices"])
+    assert len(shares["points"]) == 3
+    assert all(sum(point["shares"]) == pytest.approx(1) for point in shares["points"])
     assert ledger.tables["distill"]["gram_matrices"]["training_only_parameters"] == 8 * 12 + 8 * 12 + 16 * 24
     assert not any(isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) for m in student.modules())
 

@@ -13,8 +13,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from featherweight.core.check import positive
 from featherweight.core.forms import Form, own_modules
-from featherweight.core.ledger import note
 from featherweight.core.progress import track
+from featherweight.core.shares import Shares
 from featherweight.core.task import Batch, Task, length, loss_of, run
 from featherweight.core.tracking import Losses
 from featherweight.errors import BadData, CompressionError, MissingNeed, unknown
@@ -99,6 +99,7 @@ def fit(
 
     batches_per_epoch = _length(task.train)
     total, losses = max(1, round(epochs * batches_per_epoch)), Losses()
+    shares = Shares(label, total, _named(model, trained))
     wrapped.train()
     for module in frozen:
         module.training = False
@@ -107,8 +108,7 @@ def fit(
         for group, base in scales:
             group["lr"] = base * factor(progress)
         terms = step(wrapped, batch, progress)
-        if len(terms) > 1 and index % batches_per_epoch == 0:
-            _note_shares(terms, trained, epoch)
+        shares.look(terms, index, progress)
         loss = _total(terms)
         losses.step({name: term.detach() for name, term in terms.items()}, epoch, scales[0][0]["lr"])
         main.zero_grad(set_to_none=True)
@@ -123,9 +123,16 @@ def fit(
         if after_step is not None:
             after_step(progress)
     losses.close()
+    shares.close()
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     main.zero_grad(set_to_none=True)
     return _put_back(model, was_training, modes)
+
+
+def _named(model: nn.Module, trained: list[nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The model's own parameters among those that are trained; adapters and peers are not what terms share."""
+    wanted = {id(param) for param in trained}
+    return {name: param for name, param in model.named_parameters() if id(param) in wanted}
 
 
 def _task_loss(task: Task) -> Step:
@@ -214,15 +221,3 @@ def _total(terms: dict[str, Tensor]) -> Tensor:
         bad = [name for name, term in terms.items() if not torch.isfinite(term)]
         raise CompressionError(f"the loss term {', '.join(bad) or 'sum'} is not finite: lower the learning rate")
     return loss
-
-
-def _note_shares(terms: dict[str, Tensor], params: list[nn.Parameter], epoch: int) -> None:
-    """Notes which share of the gradient each loss term has, at the start of an epoch."""
-    norms = {}
-    for name, term in terms.items():
-        if term.requires_grad:
-            grads = torch.autograd.grad(term, params, retain_graph=True, allow_unused=True)
-            norms[name] = math.sqrt(sum(float(g.detach().square().sum()) for g in grads if g is not None))
-    whole = sum(norms.values()) or 1.0
-    shares = ", ".join(f"{name} {norm / whole:.0%}" for name, norm in norms.items())
-    note(f"gradient shares at epoch {epoch}: {shares}")

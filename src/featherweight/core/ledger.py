@@ -54,3 +54,14 @@ def show(name: str, table: Any) -> None:
     """Gives the report of the stage something that a method measured on its way, JSON-able, under a name."""
     if (ledger := _open.get()) is not None:
         ledger.tables[name] = table
+
+
+def add(name: str, row: Any) -> None:
+    """Gives the table of that name, a list, one more row."""
+    if (ledger := _open.get()) is not None:
+        ledger.tables.setdefault(name, []).append(row)
+
+
+def is_open() -> bool:
+    """Whether anybody listens."""
+    return _open.get() is not None

@@ -129,6 +129,11 @@ class Losses:
         self.steps, self.sums = 0, {}
 
 
+def is_open() -> bool:
+    """Whether anybody records."""
+    return _open.get() is not None
+
+
 def step() -> int:
     """How many training steps the open run has seen."""
     return 0 if (run := _open.get()) is None else run.step

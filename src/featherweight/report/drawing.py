@@ -184,3 +184,41 @@ def curves(source: Source, table: str) -> list[Curve]:
         most, worst = source.figure(f"{last}.ratio", "share"), source.figure(f"{last}.metric", "metric")
         drawn.append(Curve(source.text(f"{row}.path"), f"M{line}", x, chosen, most, worst))
     return drawn
+
+
+# --- gradient shares --------------------------------------------------------------------------------------------------
+
+SHARE_HEIGHT = 110
+STROKES = ("", "7 3", "2 3", "9 3 2 3", "1 5", "12 4")  # so that curves differ without their colours
+
+
+@dataclass(frozen=True)
+class ShareCurve:
+    """One term of a loss: its share of the gradient over the training, as an SVG path, and where it began and ended."""
+
+    name: str
+    line: str
+    stroke: str
+    first: Figure
+    last: Figure
+
+
+def share_curves(source: Source, path: str) -> list[ShareCurve]:
+    """The terms of one training of a table of gradient shares."""
+    points = source.rows(f"{path}.points")
+    found = []
+    for index, name in enumerate(source.items(f"{path}.terms")):
+        held = [
+            (point, source.number(f"{point}.progress"), source.number(f"{point}.shares.{index}")) for point in points
+        ]
+        known = [(point, x, y) for point, x, y in held if x is not None and y is not None]
+        if not known:
+            continue
+        line = "L".join(f"{_inside(x) * WIDTH:.1f} {(1 - _inside(y)) * SHARE_HEIGHT:.1f}" for _, x, y in known)
+        ends = [source.figure(f"{point}.shares.{index}", "share") for point in (known[0][0], known[-1][0])]
+        found.append(ShareCurve(str(name), f"M{line}", STROKES[index % len(STROKES)], *ends))
+    return found
+
+
+def _inside(part: float) -> float:
+    return min(max(part, 0.0), 1.0)

@@ -18,7 +18,7 @@ from featherweight.report.source import Source
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-SHOWN = 24  # histograms that are shown before the rest is folded away
+SHOWN = 24  # histograms, and trainings with their gradient shares, that are shown before the rest is folded away
 
 
 def page(report: Mapping[str, Any]) -> str:
@@ -64,6 +64,7 @@ def _run(source: Source) -> dict[str, Any]:
         "gone": layers.gone(source),
         "histograms": layers.weights(source),
         "scans": layers.scans(source),
+        "learned": layers.learned(source),
         "reasons": layers.reasons(source),
         "profile": facts.profile(source),
         "sensitivity": (source.text("sensitivity.how"), source.text("sensitivity.why")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from featherweight.report.drawing import Curve, Histogram, curves, histogram
+from featherweight.report.drawing import Curve, Histogram, ShareCurve, curves, histogram, share_curves
 from featherweight.report.source import Figure, Source
 
 OWN = "(the network's own)"  # what a network computes outside of its layers has the path ""
@@ -155,6 +155,31 @@ def scans(source: Source) -> list[Scan]:
         if drawn := curves(source, table):
             metric = source.figure(f"{table}.metric", "metric")
             found.append(Scan(index + 1, source.text(f"{path}.method"), metric, tuple(drawn)))
+    return found
+
+
+# --- gradient shares --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Learned:
+    """One training with several terms of the loss: who led, and where that was measured."""
+
+    step: int
+    method: str
+    training: str
+    at: str
+    curves: tuple[ShareCurve, ...]
+
+
+def learned(source: Source) -> list[Learned]:
+    """Of all trainings of all steps that had more than one term."""
+    found = []
+    for index, path in enumerate(source.rows("stages")):
+        for row in source.rows(f"{path}.tables.gradient_shares"):
+            if drawn := share_curves(source, row):
+                told = source.text(f"{path}.method"), source.text(f"{row}.training"), source.text(f"{row}.at")
+                found.append(Learned(index + 1, *told, tuple(drawn)))
     return found
 
 
