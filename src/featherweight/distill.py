@@ -162,13 +162,13 @@ def learn(
 
     def asked(batch: Batch) -> Taps:
         with unchanged(teacher) if inputs else eval_mode(teacher):
-            return tapped(teacher, teacher, task, batch, theirs, whole, inputs)[0]
+            return tapped(teacher, teacher, task.of_teacher(), batch, theirs, whole, inputs)[0]
 
     ask: Callable[[Batch], Taps] = asked
     if joined and teacher_cache is not None and epochs:
         if inputs:
             raise BadOption("what differentiates the teacher by its input cannot be kept: leave teacher_cache out")
-        ask = cached(teacher_cache, teacher, task, [*theirs, *([""] if whole else [])], asked)
+        ask = cached(teacher_cache, teacher, task.of_teacher(), [*theirs, *([""] if whole else [])], asked)
 
     def step(student: nn.Module, batch: Batch, progress: float) -> dict[str, Tensor]:
         losses = {}
@@ -236,7 +236,7 @@ class Joined(nn.Module):
         if pairs and same:
             with eval_mode(model), eval_mode(teacher):
                 ours = tapped(model, model, task, batch, [a for a, _ in pairs], whole=False)[0]
-                theirs = tapped(teacher, teacher, task, batch, [b for _, b in pairs], whole=False)[0]
+                theirs = tapped(teacher, teacher, task.of_teacher(), batch, [b for _, b in pairs], whole=False)[0]
             for index, (a, b) in enumerate(pairs):
                 s, t = ours[a], to_device(theirs[b], device_of(model))
                 if s.dim() != t.dim():

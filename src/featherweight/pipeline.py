@@ -510,7 +510,7 @@ class _Session:
     def keys(self) -> list[str]:
         """For each place in the chain, what the state after it depends on: weights, data, seed, budget, methods."""
         texts = [limit.text for limit in (*self.guards, *self.limits)]
-        used = [self.task.loss, self.task.metric.name, self.task.fit, self.task.evaluate]
+        used = [self.task.loss, self.task.metric.name, self.task.fit, self.task.evaluate, self.task.teacher_split]
         nets = [digest(net) for net in (self.template, self.original, self.task.teacher) if net is not None]
         start = [*nets, self._data(), self.seed, self.strict, texts, [identity(u) for u in used], versions()]
         chain = [[identity(e.function), e.id, {k: identity(v) for k, v in o.items()}] for e, o in self.chain]

@@ -17,9 +17,13 @@ Taps = Mapping[str, Tensor]
 
 INPUT = "<input>"
 
-Places = Literal["logits", "last", "top", "ends", "stages", "any"]
-"""Where a comparison looks: at the logits alone; the last layer before them; the last maps; the last maps of each size;
-these and the first maps; the last maps of each size, or the last layer where a network has no maps."""
+Places = Literal["logits", "last", "top", "deep", "ends", "stages", "any"]
+"""Where a comparison looks: at the logits alone; the last layer before them; the last maps; the last maps, or the last
+layer where a network has no maps; the last maps of each size; these and the first maps; the last maps of each size, or
+the last layer where a network has no maps."""
+
+EITHER: tuple[Places, ...] = ("deep", "any")
+"""Those that take the last layer where there are no maps."""
 
 
 def features(model: nn.Module, task: Task, batch: Batch) -> dict[str, tuple[int, ...]]:
@@ -91,11 +95,11 @@ def stages(shapes: Mapping[str, tuple[int, ...]], where: Places = "stages") -> l
     (['stem', 'a', 'c'], ['a', 'c'], ['c'], ['pool'])
     """
     maps = {path: shape for path, shape in shapes.items() if is_map(shape)}
-    if where == "last" or (where == "any" and not maps):
+    if where == "last" or (where in EITHER and not maps):
         return list(shapes)[-1:]
     last = {shape[2:]: path for path, shape in maps.items()}
     ends = [path for path in maps if path in last.values()]
-    if where == "top":
+    if where in ("top", "deep"):
         return ends[-1:]
     stem = list(maps)[:1] if where == "stages" and len(maps) > len(ends) else []
     return [path for path in stem if path not in ends] + ends
@@ -112,7 +116,7 @@ def matched(student: nn.Module, teacher: nn.Module, task: Task, batch: Batch, wh
     """
     if where == "logits":
         return []
-    ours, theirs = outputs(student, task, batch), outputs(teacher, task, batch)
+    ours, theirs = outputs(student, task, batch), outputs(teacher, task.of_teacher(), batch)
     for shapes, whose in ((ours, "student"), (theirs, "teacher")):
         if not shapes:
             raise BadOption(f"the {whose} has no layer between input and output to take: pass a deeper network")
@@ -121,7 +125,7 @@ def matched(student: nn.Module, teacher: nn.Module, task: Task, batch: Batch, wh
                 f"the {whose} has no feature maps (batch, channels, height, width), which this comparison looks at: "
                 "choose one that takes vectors, such as rkd or locality_preserving"
             )
-    if where == "any" and not (stages(ours) and stages(theirs)):
+    if where in EITHER and not (stages(ours) and stages(theirs)):
         where = "last"
     return _zipped({p: ours[p] for p in stages(ours, where)}, {p: theirs[p] for p in stages(theirs, where)})
 

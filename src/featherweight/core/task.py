@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -159,6 +159,8 @@ class Task:
         loss: (output, target) -> scalar.
         metric: the figure of merit.
         teacher: the network whose outputs guide training; in a chain, the frozen original.
+        teacher_split: as `split`, for the teacher, where it is shown something else than the model: another modality of
+            the same scene, a larger image.
         example_inputs: a tensor, tuple or dictionary of inputs; taken from the first batch when left out.
         fit: the training loop.
         evaluate: model -> float in place of `metric`, for models that need a procedure of their own.
@@ -172,9 +174,14 @@ class Task:
     loss: Callable[[Any, Any], Tensor] = cross_entropy
     metric: Metric = accuracy
     teacher: nn.Module | None = None
+    teacher_split: Split | None = None
     example_inputs: Any = None
     fit: Fit = _fit
     evaluate: Callable[[nn.Module], float] | None = None
+
+    def of_teacher(self) -> Task:
+        """The task as the teacher sees it: with its own `split`, where it has one."""
+        return self if self.teacher_split is None else replace(self, split=self.teacher_split)
 
     def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Example arguments and keyword arguments of the model, at most two samples of the first batch."""

@@ -26,7 +26,7 @@ def taught(task: Task, model: nn.Module, share: float) -> Step | None:
     def step(student: nn.Module, batch: Batch, progress: float) -> dict[str, Tensor]:
         output, target = run(student, task, batch)
         with eval_mode(teacher):
-            shown, _ = run(teacher, task, batch)
+            shown, _ = run(teacher, task.of_teacher(), batch)
         seen, wanted = {"": prediction(output)}, {"": to_device(prediction(shown), device_of(model))}
         terms = {"labels": (1 - share) * loss_of(task, output, target)} if share < 1 else {}
         return terms | {"teacher": share * match(seen, wanted, batch, progress)}

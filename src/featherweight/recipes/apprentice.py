@@ -77,10 +77,10 @@ def apprentice(
     def step(student: nn.Module, batch: Batch, progress: float) -> dict[str, Tensor]:
         output, target = run(student, task, batch)
         if scheme == "A":
-            shown = predicted(teacher, task, batch)
+            shown = predicted(teacher, task.of_teacher(), batch)
         else:
             with eval_mode(teacher):
-                shown = prediction(run(teacher, task, batch)[0])
+                shown = prediction(run(teacher, task.of_teacher(), batch)[0])
         seen = {"": prediction(output)}
         terms = {"labels": beta * loss_of(task, output, target)} if beta else {}
         if gamma:
@@ -88,7 +88,7 @@ def apprentice(
         return terms
 
     def teaching(student: nn.Module, batch: Batch, progress: float) -> dict[str, Tensor]:
-        return {"teacher": loss_of(task, *run(teacher, task, batch))}
+        return {"teacher": loss_of(task, *run(teacher, task.of_teacher(), batch))}
 
     given = task
 

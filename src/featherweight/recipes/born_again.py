@@ -62,7 +62,7 @@ def born_again(
     }[form]
     for generation in range(1, generations + 1):
         reinitialise(model)
-        taught = replace(task, teacher=teacher)
+        taught = replace(task, teacher=teacher, teacher_split=task.teacher_split if generation == 1 else None)
         share = 0.0 if form == "confidence" else labels
         learn(model, taught, {form: term}, labels=share, epochs=epochs, lr=lr, optimizer=optimizer)
         note(f"generation {generation} learned from generation {generation - 1}")

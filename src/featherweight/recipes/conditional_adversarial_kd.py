@@ -65,7 +65,7 @@ def conditional_adversarial_kd(
     def logits(student: nn.Module, batch: Batch) -> tuple[Any, Any, Tensor, Tensor]:
         output, target = run(student, task, batch)
         with eval_mode(teacher):
-            shown = prediction(run(teacher, task, batch)[0]).to(device_of(model))
+            shown = prediction(run(teacher, task.of_teacher(), batch)[0]).to(device_of(model))
         return output, target, *scores({"": prediction(output)}, {"": shown})
 
     def learn(student: nn.Module, batch: Batch, progress: float) -> dict[str, Tensor]:

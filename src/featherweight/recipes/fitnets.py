@@ -73,7 +73,8 @@ def fitnets(
 
     with eval_mode(model), eval_mode(teacher):
         ours, theirs = (
-            tapped(m, m, task, batch, [p], whole=False)[0][p] for m, p in ((model, guided), (teacher, hint))
+            tapped(m, m, t, batch, [p], whole=False)[0][p]
+            for m, t, p in ((model, task, guided), (teacher, task.of_teacher(), hint))
         )
     match = Hint(guided, hint, ours, to_device(theirs, device_of(model)))
     note(f"the regressor has {sum(p.numel() for p in match.parameters()):,} parameters, in training only")
@@ -107,7 +108,7 @@ def choose(
         UnknownName: a path that is no layer, or that is not called.
         BadOption: a network has no layer that could be taken.
     """
-    ours, theirs = features(student, task, batch), features(teacher, task, batch)
+    ours, theirs = features(student, task, batch), features(teacher, task.of_teacher(), batch)
     for path, shapes, whose in ((guided, ours, "student"), (hint, theirs, "teacher")):
         if path is not None and path not in shapes:
             raise unknown(f"layer of the {whose}", path, shapes)

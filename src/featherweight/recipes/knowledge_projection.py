@@ -137,7 +137,7 @@ def candidates(model: nn.Module, teacher: nn.Module, task: Task, batch: Batch, c
     Raises:
         BadOption: there is none.
     """
-    ours, theirs = features(model, task, batch), features(teacher, task, batch)
+    ours, theirs = features(model, task, batch), features(teacher, task.of_teacher(), batch)
     pairs = [(a, b) for a in spread(list(ours), count) for b in spread(list(theirs), count)]
     fit = [
         (a, b) for a, b in pairs if len(ours[a]) == len(theirs[b]) and (len(ours[a]) != 3 or ours[a][1] == theirs[b][1])
@@ -172,7 +172,8 @@ def projection(
     """The term of one pair, its projection for the shapes of one batch."""
     named(model, [pair[0]], "student")
     with eval_mode(model), eval_mode(teacher):
-        ours, theirs = (tapped(m, m, task, batch, [p])[0][p] for m, p in ((model, pair[0]), (teacher, pair[1])))
+        ours = tapped(model, model, task, batch, [pair[0]])[0][pair[0]]
+        theirs = tapped(teacher, teacher, task.of_teacher(), batch, [pair[1]])[0][pair[1]]
     return Projection(*pair, ours, to_device(theirs, device_of(model)), direction, gated)
 
 
@@ -184,6 +185,6 @@ def held_out(
     with eval_mode(model), eval_mode(teacher):
         for batch in task.valid:
             seen, output, target = tapped(model, model, task, batch, [pair[0]])
-            shown = to_device(tapped(teacher, teacher, task, batch, [pair[1]])[0], device_of(model))
+            shown = to_device(tapped(teacher, teacher, task.of_teacher(), batch, [pair[1]])[0], device_of(model))
             losses.append(float(loss_of(task, output, target) + weight * match(seen, shown, batch, 1.0)))
     return sum(losses) / max(1, len(losses))

@@ -64,7 +64,7 @@ def lwf(
     batch = first(task.train or (), "training")
     if new_classes:
         widen(model, classes(model, task, batch), new_classes)
-    old, every = classes(teacher, task, batch), classes(model, task, batch)
+    old, every = classes(teacher, task.of_teacher(), batch), classes(model, task, batch)
     if every < old:
         raise BadOption(
             f"the model has {every} outputs, the teacher, whose task it is to keep, {old}: pass new_classes="
@@ -85,7 +85,7 @@ def lwf(
         terms = {"new": new_loss(output, target)}
         if old_weight:
             with eval_mode(teacher):
-                shown = prediction(run(teacher, task, batch)[0]).to(device_of(model))
+                shown = prediction(run(teacher, task.of_teacher(), batch)[0]).to(device_of(model))
             seen = {"": prediction(output)[:, :old]}
             kept = softened(seen, {"": shown}, batch, progress, temperature=temperature)
             terms["old"] = old_weight / temperature**2 * kept

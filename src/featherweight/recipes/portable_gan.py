@@ -64,7 +64,7 @@ def portable_gan(
 
     def shown(batch: Batch) -> Tensor:
         with eval_mode(teacher):
-            return vectors(tapped(teacher, teacher, task, batch, [hint], whole=False)[0][hint]).to(device)
+            return vectors(tapped(teacher, teacher, task.of_teacher(), batch, [hint], whole=False)[0][hint]).to(device)
 
     with eval_mode(model):
         ours, theirs = vectors(tapped(model, model, task, batch, [guided], whole=False)[0][guided]), shown(batch)

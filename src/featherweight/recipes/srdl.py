@@ -50,7 +50,7 @@ def srdl(
         optimizer: as in `fit`.
     """
     task.fit(model, task, epochs=epochs / 2, lr=lr, optimizer=optimizer)
-    taught = replace(task, teacher=copy.deepcopy(model))
+    taught = replace(task, teacher=copy.deepcopy(model), teacher_split=None)
     reinitialise(model)
     terms = {"self": Term(partial(softened, temperature=temperature), weight)}
     return learn(model, taught, terms, epochs=epochs / 2, lr=lr, optimizer=optimizer)
