@@ -56,3 +56,17 @@ def classifier(classes: int = 4, width: int = 8) -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(32 * width, classes),
     )
+
+
+def clips(digit_count: int = 2) -> dict[str, Tensor]:
+    """Clips of two frames in which a digit moves to the left or to the right: the class is digit and direction.
+
+    The first frame alone does not show the direction, the displacement not the digit.
+    """
+    x, y = digits(digit_count)
+    right = torch.arange(len(x)) // 3 % 2
+    first = F.pad(x, (2, 2))
+    second = torch.where(right.bool()[:, None, None, None], F.pad(x, (4, 0)), F.pad(x, (0, 4)))
+    displacement = torch.stack([4.0 * right - 2.0, torch.zeros(len(x))], 1)
+    clip = torch.cat([first, second], 1)
+    return {"frame": first, "displacement": displacement, "clip": clip, "labels": 2 * y + right}

@@ -267,6 +267,7 @@ REFUSALS = {
     ("attention_transfer_gradient", "regression"): "choose sobolev",
     ("bucila_compression", "regression"): "need the scores of at least two classes",
     ("multi_teacher_triplet", "regression"): "need the scores of at least two classes",
+    ("multi_teacher_video", "regression"): "need the scores of at least two classes",
     ("one", "regression"): "need the scores of at least two classes",
     ("apprentice", "regression"): "need the scores of at least two classes",
     ("conditional_adversarial_kd", "regression"): "needs the scores of at least two classes",
