@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from featherweight.core.task import Metric, Task
+
 
 @cache
 def digits(classes: int = 4) -> tuple[Tensor, Tensor]:
@@ -70,3 +72,90 @@ def clips(digit_count: int = 2) -> dict[str, Tensor]:
     displacement = torch.stack([4.0 * right - 2.0, torch.zeros(len(x))], 1)
     clip = torch.cat([first, second], 1)
     return {"frame": first, "displacement": displacement, "clip": clip, "labels": 2 * y + right}
+
+
+def canvases(n: int, classes: int = 2, side: int = 32, seed: int = 0) -> dict[str, Tensor]:
+    """Images (n, 1, side, side) with a digit somewhere in two of their quarters.
+
+    `boxes` (n, 4, 4) in fractions, without an area where a quarter is empty; `cells` (n, side / 8, side / 8): the digit
+    that has its centre there, counted from 1, 0 for none; `mask` (n, side, side): the same for every pixel.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x, y = digits(classes)
+    half, cells = side // 2, side // 8
+    found = {
+        "image": torch.zeros(n, 1, side, side),
+        "boxes": torch.zeros(n, 4, 4),
+        "cells": torch.zeros(n, cells, cells, dtype=torch.long),
+        "mask": torch.zeros(n, side, side, dtype=torch.long),
+    }
+    for i in range(n):
+        for quarter in torch.randperm(4, generator=generator)[:2].tolist():
+            which = int(torch.randint(len(x), (1,), generator=generator))
+            row, column = torch.randint(half - 8 + 1, (2,), generator=generator).tolist()
+            top, left = row + half * (quarter // 2), column + half * (quarter % 2)
+            digit, label = x[which, 0], int(y[which]) + 1
+            found["image"][i, 0, top : top + 8, left : left + 8] = digit
+            found["boxes"][i, quarter] = torch.tensor([left, top, left + 8, top + 8]) / side
+            found["cells"][i, min((top + 4) // 8, cells - 1), min((left + 4) // 8, cells - 1)] = label
+            found["mask"][i, top : top + 8, left : left + 8] = (digit > 0.2) * label
+    return found
+
+
+def detector(width: int, classes: int = 2) -> nn.Sequential:
+    """Scores of each cell of 8 x 8 pixels: the logit of no object, then of the classes, then the box around it."""
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(2 * width, 1 + classes + 4, 1),
+    )
+
+
+def detection_loss(output: Tensor, target: dict[str, Tensor]) -> Tensor:
+    """Cross-entropy of the cells, and the distance of the boxes' sides from the cells' centres where objects are."""
+    scores, sides = output[:, :-4], output[:, -4:]
+    loss = F.cross_entropy(scores, target["cells"], weight=scores.new_tensor([0.3] + [1.0] * (scores.shape[1] - 1)))
+    full = target["cells"] > 0
+    wanted = around(target).permute(0, 2, 3, 1)[full]
+    return loss + F.smooth_l1_loss(sides.permute(0, 2, 3, 1)[full], wanted)
+
+
+def centres(cells: int) -> Tensor:
+    """The centres of cells, (4, cells, cells): x, y, x, y."""
+    at = (torch.arange(cells) + 0.5) / cells
+    y, x = torch.meshgrid(at, at, indexing="ij")
+    return torch.stack([x, y, x, y])
+
+
+def around(target: dict[str, Tensor]) -> Tensor:
+    """For each cell the sides of the box whose centre is in it, from the cell's centre, (n, 4, cells, cells)."""
+    cells = target["cells"].shape[-1]
+    found = torch.zeros(len(target["cells"]), 4, cells, cells)
+    for i, boxes in enumerate(target["boxes"]):
+        for box in boxes[boxes[:, 2] > 0]:
+            x, y = (((box[:2] + box[2:]) / 2 * cells).long().clamp_max(cells - 1)).tolist()
+            found[i, :, y, x] = box - centres(cells)[:, y, x]
+    return found
+
+
+def proposed(output: Tensor, batch, count: int = 4) -> list[Tensor]:
+    """The boxes of the cells that are least likely to be empty."""
+    objects = 1 - output[:, :-4].softmax(1)[:, 0]
+    boxes = (output[:, -4:] + centres(output.shape[-1])).clamp(0, 1).flatten(2)
+    best = objects.flatten(1).topk(count).indices
+    return [of_image[:, at].T for of_image, at in zip(boxes, best, strict=True)]
+
+
+def detection_task(n: int) -> Task:
+    """Half as many canvases again to validate on; the metric is the share of cells that are right."""
+    parts = [Named(**canvases(count, seed=seed)) for seed, count in ((0, n), (1, n // 2))]
+    right = Metric("cells", per_sample=lambda o, t: (o[:, :-4].argmax(1) == t["cells"]).float().mean((1, 2)))
+
+    def split(batch):
+        return (batch["image"],), {}, batch
+
+    return Task(train=parts[0], valid=parts[1], split=split, loss=detection_loss, metric=right)

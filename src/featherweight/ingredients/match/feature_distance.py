@@ -15,7 +15,7 @@ from featherweight.core.features import Taps, as_map, is_map, paired, same_size,
 def feature_distance(student: Taps, teacher: Taps, batch: Any, progress: float) -> Tensor:
     """`sum_j mean (F_S - F_T)^2` over paired layers j; the larger of two maps is average-pooled to the smaller.
 
-    Source: Gupta, Hoffman and Malik, CVPR 2016, arXiv:1507.00448, eq. 1 (there a sum over units).
+    Source: Gupta, Hoffman and Malik, CVPR 2016, arXiv:1507.00448 (there a sum over units).
     """
     return sum(distance(ours, theirs) for ours, theirs in paired(student, teacher))  # type: ignore[return-value]
 
