@@ -150,6 +150,33 @@ def sequence_task() -> core.Task:
     return small_task((6, 8))
 
 
+class Writer(nn.Module):
+    """A source of words and what was written of it so far to scores of the next word, at every place."""
+
+    def __init__(self, words: int = 12, width: int = 16) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(words, width)
+        self.reads = nn.GRU(width, width, batch_first=True)
+        self.writes = nn.GRU(2 * width, width, batch_first=True)
+        self.head = nn.Linear(width, words)
+
+    def forward(self, source: Tensor, prefix: Tensor) -> Tensor:
+        read = self.reads(self.embedding(source))[0][:, -1:]
+        written = self.embedding(prefix)
+        return self.head(self.writes(torch.cat([written, read.expand(-1, written.shape[1], -1)], 2))[0])
+
+
+def writing_task(n: int = 128, **options) -> core.Task:
+    """Three words of 4..11, to be written backwards and ended by 2; prefixes start with 3."""
+    source = torch.randint(4, 12, (n, 3), generator=torch.Generator().manual_seed(1))
+    labels = torch.cat([source.flip(1), torch.full((n, 1), 2)], 1)
+    prefix = torch.cat([torch.full((n, 1), 3), labels[:, :-1]], 1)
+    rows = [*zip(*(t.split(32) for t in (source, prefix, labels)), strict=True)]
+    right = core.Metric("words", per_sample=lambda out, y: (out.argmax(2) == y).float().mean(1))
+    options = {"loss": lambda out, y: nn.functional.cross_entropy(out.flatten(0, 1), y.flatten()), **options}
+    return core.Task(train=rows[:-1], valid=rows[-1:], metric=right, **options)
+
+
 def fused_operators(path: Path, folder: Path) -> list[str]:
     """What ONNX Runtime makes of an ONNX file."""
     import onnx

@@ -17,7 +17,17 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import featherweight as fw
-from conftest import Sentences, Sequences, sequence_task, small_cnn, small_stack, small_task, token_task
+from conftest import (
+    Sentences,
+    Sequences,
+    Writer,
+    sequence_task,
+    small_cnn,
+    small_stack,
+    small_task,
+    token_task,
+    writing_task,
+)
 from featherweight.catalogue import Entry
 from featherweight.core.blueprint import blueprint
 from featherweight.core.forms import bake
@@ -53,6 +63,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Task]]] = {
     "albert_share": (small_stack, small_task),
     "bert_to_bilstm": (Sentences, token_task),
     "compact_rnn_sharing": (Sequences, sequence_task),
+    "sequence_kd": (Writer, writing_task),
 }
 
 

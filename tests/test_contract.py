@@ -224,6 +224,7 @@ BEYOND = {"regression": _regression, "segmentation": _segmentation, "dictionary"
 # exactly these may refuse, and the cure that they name; every other method works on every kind
 REFUSALS = {
     **{(name, kind): "choose another method" for name in ("albert_embedding", "albert_share") for kind in BEYOND},
+    **{("sequence_kd", kind): "choose kd" for kind in BEYOND},
     **{("bert_to_bilstm", kind): "choose logit_regression" for kind in BEYOND},
     **{("ibm_structured_conv", kind): "choose another method" for kind in BEYOND if kind != "segmentation"},
     **{("compact_rnn_sharing", kind): "choose another method" for kind in BEYOND if kind != "recurrent"},
