@@ -99,7 +99,8 @@ def sequence_kd(
 
     Networks take the source and what was written before each word, and put out scores (batch, length, words): batches
     are (source, prefix, labels), or dictionaries with `decoder_input_ids` and `labels`. A prefix is the labels moved by
-    one behind the word that starts; without labels, None, it may be that word alone; labels of -100, and of `pad_token`, do not count.
+    one behind the word that starts; where labels are None it may be that word alone. Labels of -100, and of
+    `pad_token`, do not count.
     Source: Sequence-Level Knowledge Distillation, sec. 3.
 
     Departs from the paper: losses are means over words, not sums over sentences; the paper tries word-level terms in
