@@ -55,6 +55,7 @@ def _flags(command: Callable[..., None], first: str, kind: Any, told: str) -> Ca
 
 
 FLAGS: dict[str, Any] = {"train": int, "batch_size": int, "seed": int, "threads": int, "tracker": list[str]}
+FLAGS["teacher_share"] = float
 FLAGS |= dict.fromkeys(("strict", "measure", "onnx", "without_class", "resume"), bool)
 
 

@@ -39,6 +39,7 @@ from featherweight.core.task import (
     paired_drop,
     run,
 )
+from featherweight.core.taught import under_teacher
 from featherweight.core.wiring import recalling, wire
 from featherweight.errors import BadData, BadOption, BadRecipe, CompressionError, FeatherweightError, within
 from featherweight.figures import figures_of, latency, paired_test, rows, stopwatch
@@ -50,6 +51,7 @@ Step = str | tuple[str, Mapping[str, Any]] | Callable[..., nn.Module]
 
 AIMED_AT = ("macs", "params", "latency")  # what methods with a budget of their own can reach by themselves
 ONNX_GAP = 0.02  # of the metric, by which an exported file may differ from its module
+TRAINS_A_STUDENT = "kd"  # the chain, where a student is given and no method
 LATENCY_SECONDS = 2.0  # for each pair that is timed; half of it for the profile of layers and for their sensitivity
 
 # The (earlier, later) effects where the later method would lose what the earlier one achieved. Other orders keep it:
@@ -108,7 +110,7 @@ class Result:
 def compress(
     model: nn.Module,
     task: Task,
-    method: Step | Sequence[Step],
+    method: Step | Sequence[Step] | None = None,
     *,
     until: str | None = None,
     guard: str | None = None,
@@ -119,6 +121,7 @@ def compress(
     measure: bool = True,
     onnx: bool = True,
     student: nn.Module | None = None,
+    teacher_share: float | None = None,
     without_class: bool = False,
     threads: int | None = None,
     tracker: tracking.Tracker | None = None,
@@ -132,7 +135,7 @@ def compress(
         model: the trained network; it is also the teacher of methods that want one, unless the task names another.
         task: data, loss and metric.
         method: an id of the catalogue with `options`, a function `(model, task, **options) -> model`, or a chain of
-            ids, `(id, options)` pairs and functions.
+            ids, `(id, options)` pairs and functions. With a student it may be left out, and is "kd".
         until: stop as soon as this holds, such as "size<=0.1x, latency<=5ms"; the whole chain runs without it.
         guard: roll a method back that breaks this, such as "drop<=0.5pt" (points of the metric on `task.valid`).
         out: folder for model.fw, model.onnx, report.json, report.html and the checkpoints of finished methods.
@@ -142,6 +145,8 @@ def compress(
         measure: also count cost and bytes and time latency; without it only the metric is measured.
         onnx: also write and check the ONNX file.
         student: the network that gets smaller or is trained in place of the model, which is then only the teacher.
+        teacher_share: share of the teacher (the task's, or else the model as it was) in the loss of every training of
+            methods that have no teacher of their own; none when left out.
         without_class: compress the network's graph in place of its class (see `featherweight.wire`): channels can go
             where the class's own code would not follow, and the result needs no class.
         threads: threads of PyTorch, on which the bytes of a result depend; as many as there are when left out.
@@ -158,11 +163,13 @@ def compress(
         "measure": measure,
         "onnx": onnx,
         "out": out,
+        "teacher_share": teacher_share,
         "without_class": without_class,
         "resume": resume,
         "tracker_dir": tracker_dir,
     }
     check_settings(settings)
+    method = _method(method, student)
     logs = tracker_dir if tracker_dir is not None or out is None else Path(out) / "tracking"
     with within("tracker"):
         trackers = None if tracker is None else tracking.check_tracker(tracker, logs)
@@ -180,6 +187,7 @@ def compress(
             measure=measure,
             write_onnx=onnx,
             student=student,
+            teacher_share=teacher_share or 0.0,
             without_class=without_class,
         )
         with (
@@ -189,6 +197,13 @@ def compress(
             tracking.tracking(trackers, logs, session.told()),
         ):
             return session.run(None if out is None else Path(out), resume)
+
+
+def _method(method: Step | Sequence[Step] | None, student: nn.Module | None) -> Step | Sequence[Step]:
+    """What was asked for; a student alone asks to be trained."""
+    if method is None and student is None:
+        raise BadOption("there is no method: name at least one, such as 'magnitude_iterative', or pass student=")
+    return TRAINS_A_STUDENT if method is None else method
 
 
 def check(
@@ -329,6 +344,7 @@ class _Session:
         measure: bool,
         write_onnx: bool,
         student: nn.Module | None,
+        teacher_share: float,
         without_class: bool,
     ) -> None:
         self.original = copy.deepcopy(model).eval().requires_grad_(False)
@@ -339,7 +355,7 @@ class _Session:
         self.task = task if task.teacher is not None else replace(task, teacher=self.original)
         self.chain, self.limits, self.guards = chain, limits, guards
         self.seed, self.strict, self.measure, self.write_onnx = seed, strict, measure, write_onnx
-        self.student = student is not None
+        self.student, self.teacher_share = student is not None, teacher_share
         self.inputs = task.inputs()
         self.coder = next((entry.coder for entry, _ in reversed(chain) if entry.coder), None)
 
@@ -382,7 +398,8 @@ class _Session:
         candidate = copy.deepcopy(state.model)
         before = fingerprint(candidate)
         with ledger.recording() as remarks:
-            candidate = entry(candidate, self.task, **{**self._budgeted(entry, options), **options})
+            task = self._taught(entry, options)
+            candidate = entry(candidate, task, **{**self._budgeted(entry, options), **options})
             if not isinstance(candidate, nn.Module):
                 raise CompressionError(f"{entry.id} returned a {type(candidate).__name__}: a method returns the model")
             candidate.eval()
@@ -419,6 +436,18 @@ class _Session:
         told = ", ".join(limit.told(reached, self.base) for limit in self.limits)
         progress.say(f"    {after}" + (f"; {told}" if told else ""))
         return _State(candidate, [*state.stages, record], done)
+
+    def _taught(self, entry: Entry, options: Mapping[str, Any]) -> Task:
+        """The task for a method: with a teacher in every training, if that was asked for and it has none of its own."""
+        own = (
+            "teacher" in entry.needs
+            or entry.family == "distill"
+            or bool({**entry.defaults, **options}.get("teacher_share"))
+        )
+        if own or not self.teacher_share:
+            return self.task
+        ledger.note(f"every training has a teacher, with {self.teacher_share:.0%} of the loss")
+        return under_teacher(self.task, self.teacher_share)
 
     def _budgeted(self, entry: Entry, options: Mapping[str, Any]) -> dict[str, Any]:
         """The budget of the whole run, for a method that can aim at one and was told nothing else to aim at."""
@@ -462,7 +491,8 @@ class _Session:
         texts = {"until": self.limits, "guard": self.guards}
         chain = "; ".join(f"{entry.id} {_named(options)}".rstrip() for entry, options in self.chain)
         limits = {name: ", ".join(limit.text for limit in held) for name, held in texts.items()}
-        return {"chain": chain, **limits, "seed": self.seed, "strict": self.strict}
+        asked = {"seed": self.seed, "strict": self.strict, "teacher_share": self.teacher_share}
+        return {"chain": chain, **limits, **asked}
 
     def reproduce(self) -> dict[str, Any]:
         """A recipe of this run, what `fw.run` needs beside it, and why there is none where that is so."""
@@ -477,6 +507,7 @@ class _Session:
         for name, limits in (("until", self.limits), ("guard", self.guards)):
             found |= {name: ", ".join(limit.text for limit in limits)} if limits else {}
         found |= {"strict": True} if self.strict else {}
+        found |= {"teacher_share": self.teacher_share} if self.teacher_share else {}
         found |= {"without_class": True} if self.without_class else {}
         found |= {"seed": self.seed, "threads": torch.get_num_threads()}
         found |= {name: False for name, held in (("measure", self.measure), ("onnx", self.write_onnx)) if not held}
@@ -512,7 +543,16 @@ class _Session:
         texts = [limit.text for limit in (*self.guards, *self.limits)]
         used = [self.task.loss, self.task.metric.name, self.task.fit, self.task.evaluate, self.task.teacher_split]
         nets = [digest(net) for net in (self.template, self.original, self.task.teacher) if net is not None]
-        start = [*nets, self._data(), self.seed, self.strict, texts, [identity(u) for u in used], versions()]
+        start = [
+            *nets,
+            self._data(),
+            self.seed,
+            self.strict,
+            self.teacher_share,
+            texts,
+            [identity(u) for u in used],
+            versions(),
+        ]
         chain = [[identity(e.function), e.id, {k: identity(v) for k, v in o.items()}] for e, o in self.chain]
         made = [json.dumps([start, chain[: index + 1]], sort_keys=True) for index in range(len(chain))]
         return [hashlib.sha256(text.encode()).hexdigest() for text in made]

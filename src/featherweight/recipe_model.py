@@ -50,10 +50,14 @@ class Sources(_Keys):
     batch_size: Count = Field(128, description="of the zoo's data sets")
     student: str | None = Field(None, description="the network that is trained in place of the model, then its teacher")
     student_weights: File | None = Field(None, description="weights file of the student")
-    teacher: str | None = Field(None, description="the network that teaches, in place of the model")
+    teacher: str | None = Field(
+        None,
+        description="the network that teaches, in methods that ask for one and beside all other training: original "
+        "(the model as it was), or a word as for model",
+    )
     teacher_weights: File | None = Field(None, description="weights file of the teacher")
     chain: Annotated[list[Annotated[Step, BeforeValidator(_step)]], MinLen(1)] = Field(
-        description="the methods in order, each an id or a mapping with method and options"
+        description="the methods in order, each an id or a mapping with method and options; kd where a student is named"
     )
 
 
@@ -64,6 +68,11 @@ class Settings(_Keys):
     guard: str | None = Field(None, description="roll a method back that breaks this: drop<=0.5pt")
     strict: bool = Field(False, description="the guard must hold at the upper end of the 95 % interval")
     seed: Annotated[int, Ge(0), Lt(1 << 32)] = Field(0, description="of every random choice")
+    teacher_share: Annotated[float, Ge(0), Lt(1)] | None = Field(
+        None,
+        description="share of the teacher in the loss of every training that has none of its own (0.9 where a teacher "
+        "is named, otherwise 0)",
+    )
     threads: Count | None = Field(None, description="threads of PyTorch; the bytes of a result depend on it")
     measure: bool = Field(True, description="count cost and bytes and time latency; otherwise only the metric")
     onnx: bool = Field(True, description="write and check the ONNX file")
@@ -157,6 +166,8 @@ def schema() -> dict[str, Any]:
     own = {"type": "string", "pattern": FUNCTION, "description": "file.py:function or package.module:function"}
     steps += [{"anyOf": [own, _object({"method": own, "options": {"type": "object"}}, ["method"], "a function")]}]
     found["properties"]["chain"]["items"] = {"oneOf": steps}
+    found["required"].remove("chain")
+    found["anyOf"] = [{"required": ["chain"]}, {"required": ["student"]}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A featherweight recipe", **found}
 
 

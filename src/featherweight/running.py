@@ -22,6 +22,8 @@ from featherweight.recipe_text import Marks
 
 TRAIN_EPOCHS = 10  # of a zoo network that comes without weights
 TRAIN_LR = 2e-3
+ORIGINAL = "original"  # the teacher that is the model itself, as it was
+TEACHER_SHARE = 0.9  # of every loss, where a teacher is named
 
 
 def run(
@@ -75,6 +77,8 @@ def load(
     """
     data, marks = (dict(recipe), Marks()) if isinstance(recipe, Mapping) else recipe_text.read(recipe)
     data = {**data, **over}
+    if "chain" not in data and (data.get("student") is not None or "student" in given):
+        data["chain"] = [pipeline.TRAINS_A_STUDENT]
     stand_ins = {name: f"(a Python object, {name})" for name in given}
     found = list(problems(Recipe, {**data, **stand_ins}))
     if not any(problem.place[:1] == ("chain",) for problem in found):
@@ -140,7 +144,11 @@ def _carried_out(asked: Recipe, held: Mapping[str, nn.Module], task: Task | None
     if task is None:
         with within("data"):
             task = sources.task(asked.data, batch_size=asked.batch_size)
-    if asked.teacher is not None:
+    if asked.teacher == ORIGINAL:
+        task = replace(task, teacher=None)  # `compress` then takes the model
+        if asked.teacher_weights is not None:
+            raise BadOption("teacher_weights= are of a network that is named: teacher=original has those of the model")
+    elif asked.teacher is not None:
         teacher = _network(asked.teacher, asked.teacher_weights, "teacher", "teacher_weights")
         task = replace(task, teacher=teacher.requires_grad_(False))
     chain = [_step(index, step) for index, step in enumerate(asked.chain)]
@@ -155,6 +163,8 @@ def _carried_out(asked: Recipe, held: Mapping[str, nn.Module], task: Task | None
     elif asked.weights is not None or asked.train:
         raise BadOption("weights= and train= are for a network that is named: the model was given as a module")
     settings = asked.model_dump(include=set(Settings.model_fields))
+    if asked.teacher is not None and asked.teacher_share is None:
+        settings["teacher_share"] = TEACHER_SHARE
     return pipeline.compress(model, task, chain, student=student, show=show, **settings)
 
 

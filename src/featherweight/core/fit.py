@@ -88,7 +88,7 @@ def fit(
         return model
     was_training, modes, frozen = model.training, {m: m.training for _, m in own_modules(model)}, _frozen_modes(model)
     accelerator = Accelerator()
-    step = step or _task_loss(task)
+    step = step or task_loss(task)
     trained = [p for p in (params if params is not None else model.parameters()) if p.requires_grad]
     wrapped, main = accelerator.prepare(model, make_optimizer(optimizer, trained, positive("lr", lr), _of_forms(model)))
     others = [(accelerator.prepare(make_optimizer(optimizer, list(ps), lr)), other) for ps, other in also]
@@ -135,7 +135,9 @@ def _named(model: nn.Module, trained: list[nn.Parameter]) -> dict[str, nn.Parame
     return {name: param for name, param in model.named_parameters() if id(param) in wanted}
 
 
-def _task_loss(task: Task) -> Step:
+def task_loss(task: Task) -> Step:
+    """The step that minimises the task's loss and nothing else."""
+
     def step(model: nn.Module, batch: Batch, progress: float) -> dict[str, Tensor]:
         output, target = run(model, task, batch)
         return {"loss": loss_of(task, output, target)}
