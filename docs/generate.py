@@ -189,7 +189,7 @@ def told_gain(value: dict[str, Any] | None) -> str:
 
 def told_arm(arm: dict[str, Any]) -> str:
     """What an arm trains with."""
-    options = {key: value for key, value in arm["options"].items() if value != {}}
+    options = {key: round(v, 9) if isinstance(v, float) else v for key, v in arm["options"].items()}
     text = f"`{arm['method']}`" if arm["method"] else "labels alone"
     text += f" `{json.dumps(options)}`" if options else ""
     for key, words in (("teachers", "{} teachers"), ("smoothing", "smoothed by {}"), ("times", "{} times the epochs")):
@@ -209,7 +209,9 @@ def arms(found: dict[str, Any], against: list[str]) -> list[str]:
             seconds = f"{one['processor_seconds']['mean']:.0f}"
             rows.append([name, told_arm(arm), one["result"]["n"], told(one["result"]), *gains, seconds])
         else:
-            rows.append([name, told_arm(arm), f"failed: {len(failed)}" if failed else "not run", *["-"] * 4])
+            rows.append(
+                [name, told_arm(arm), f"failed: {len(failed)}" if failed else "not run", *["-"] * (len(against) + 2)]
+            )
     head = ["arm", "trained by", "seeds", f"{found['experiment']['told']}, %", *(f"over {one}" for one in against)]
     return table([*head, "processor's seconds a run"], rows)
 
@@ -260,14 +262,21 @@ def ratios(found: dict[str, Any]) -> list[str]:
     return [*lines, "", f"The three teachers have {accuracies} % on test, and saw all 55,000 labels."]
 
 
+def told_size(count: int) -> str:
+    """Bytes in a unit that leaves few digits."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return str(count)
+
+
 def bridges(found: dict[str, Any]) -> list[str]:
     """Weights of what joins two layers."""
     rows = []
     for one in found["rows"]:
         for name in ("fully connected", "1x1", "locality"):
             size = one["bytes"][name]
-            told_size = f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB" if size else "0"
-            rows.append([one["layers"], name, f"{one['weights'][name]:,}", told_size, f"{one['macs'][name]:.2e}"])
+            rows.append([one["layers"], name, f"{one['weights'][name]:,}", told_size(size), f"{one['macs'][name]:.2e}"])
     return table(["layers", "joined by", "weights", "fp32", f"MACs of a batch of {found['batch']}"], rows)
 
 
@@ -319,7 +328,9 @@ def distillation(page: str) -> str:
     if "thesis" in found:
         methods_there = [name for name in found["thesis"]["experiment"]["arms"] if name != "student alone"]
         parts["verdicts"] = verdicts(found["thesis"], "student alone", methods_there)
-        parts["verdicts"] += verdicts(found["thesis"], "kd", ["cross_layer_matrix", "chou_full", "label smoothing"])
+        parts["verdicts"] += verdicts(
+            found["thesis"], "kd", ["cross_layer_matrix, 0.1", "chou_full", "label smoothing"]
+        )
     if "graphs" in found:
         graph = "teacher's neighbours"
         parts["neighbours"] = [
