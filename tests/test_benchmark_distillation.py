@@ -63,7 +63,7 @@ def test_rows_are_kept_and_only_what_is_missing_or_changed_is_run(runner, monkey
     rows = json.loads(runner.path_of("small").read_text())["rows"]
     assert [(row["arm"], row["seed"]) for row in rows] == [("alone", 0), ("kd", 0)]
     assert all(0 <= row["test"] <= 1 for row in rows)
-    assert "softened" in rows[1]["shares"][0]
+    assert rows[1]["shares"][0]["terms"] == ["labels", "softened"]
 
     asked, whole = [], runner.run
     monkeypatch.setattr(runner, "run", lambda e, arm, seed: asked.append((arm, seed)) or whole(e, arm, seed))
