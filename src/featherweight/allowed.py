@@ -158,7 +158,8 @@ def told(found: Mapping[str, Any]) -> str:
         case "object":
             return f"a mapping with {told(found.get('additionalProperties', {}))} for each layer pattern"
         case kind:
-            return _PLAIN.get(kind or "", "a Python object")
+            such = f" such as {', '.join(found['examples'])}" if "examples" in found else ""
+            return _PLAIN.get(kind or "", "a Python object") + such
 
 
 _PLAIN = {"array": "a list", "boolean": "true or false", "string": "text", "null": "nothing"}

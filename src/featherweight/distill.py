@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, final, get_type_hints
+from typing import Annotated, Any, final
 
 import torch
 from torch import Tensor, nn
 
-from featherweight.allowed import Amount, File, Positive, admit, checked
+from featherweight.allowed import Amount, File, Positive, checked
 from featherweight.catalogue import Slot, fill
 from featherweight.core.features import INPUT, Taps, is_map, matched, same_size
 from featherweight.core.fit import Optimizers
 from featherweight.core.ledger import note, show
+from featherweight.core.settings import name_of, with_settings
 from featherweight.core.surgery import taps
 from featherweight.core.task import Batch, Task, device_of, eval_mode, first, loss_of, prediction, run, to_device
 from featherweight.core.taught import teacher_of
 from featherweight.core.teacher_cache import cached
-from featherweight.errors import BadData, BadOption, UnknownName, unknown
+from featherweight.errors import BadData, BadOption, UnknownName
 
 Match = Callable[[Taps, Taps, Batch, float], Tensor]
 """`(student's taps, teacher's taps, batch, progress) -> loss`; a module's parameters train along and are dropped.
@@ -113,7 +113,7 @@ def distill(
         BadData: a batch has too few samples for the comparison; `teacher_cache` is of another teacher or other data.
     """
     formula = with_settings(fill("match", match), settings or {})
-    terms = {_name(formula): Term(formula, weight, pairs)} if callable(weight) or weight else {}
+    terms = {name_of(formula): Term(formula, weight, pairs)} if callable(weight) or weight else {}
     if soft:
         terms["softened"] = Term(partial(fill("match", "softened"), temperature=temperature), soft, ())
     return learn(
@@ -291,38 +291,6 @@ def facts_of(match: Match) -> Mapping[str, Any]:
     while isinstance(match, partial):
         match = match.func
     return getattr(match, "__ingredient__", ("match", {}))[1]
-
-
-def with_settings(match: Match, settings: Mapping[str, Any]) -> Match:
-    """The formula with some of its options set.
-
-    Raises:
-        UnknownName: it has no such option.
-        BadOption: a value that it does not take.
-    """
-    name, known = _name(match), keywords(match)
-    for key, value in settings.items():
-        if key not in known:
-            raise unknown(f"option of {name}", key, known)
-        admit(key, known[key], value)
-    return partial(match, **settings) if settings else match
-
-
-def keywords(match: Match) -> dict[str, Any]:
-    """The options of a formula with their annotations; a module has none, as its constructor took them."""
-    if isinstance(match, nn.Module):
-        return {}
-    while isinstance(match, partial):
-        match = match.func
-    hints = get_type_hints(match, include_extras=True)
-    found = inspect.signature(match).parameters.values()
-    return {p.name: hints.get(p.name, Any) for p in found if p.kind is p.KEYWORD_ONLY}
-
-
-def _name(match: Match) -> str:
-    while isinstance(match, partial):
-        match = match.func
-    return getattr(match, "__name__", type(match).__name__.lower())
 
 
 def width(features: Tensor) -> int:

@@ -13,10 +13,11 @@ from conftest import small_cnn, small_mlp, small_task
 from featherweight.catalogue import entry
 from featherweight.core.forms import Mask, attach
 from featherweight.core.ledger import recording
+from featherweight.core.lowrank import decompose
 from featherweight.core.task import evaluate
 from featherweight.errors import BadOption, CompressionError, MissingNeed, UnknownName
 from featherweight.factorize import cost, factorize
-from featherweight.ingredients.factor.tucker2 import decompose, tucker2, unfoldings
+from featherweight.ingredients.factor.tucker2 import tucker2, unfoldings
 from featherweight.ingredients.rank.vbmf import vbmf, vbmf_grid
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from featherweight.core.task import Task, run
+from featherweight.core.task import Task, eval_mode, run
 from featherweight.errors import BadData
 
 RUNNING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -61,3 +62,42 @@ def settle_norms(model: nn.Module, task: Task, *, batches: int = 64) -> nn.Modul
     if not seen:
         raise BadData("the calibration data are empty: batch norms need at least one batch for their statistics")
     return model
+
+
+def undo_norms(model: nn.Module, task: Task, norms: Sequence[nn.Module], *, batches: int = 8) -> None:
+    """Makes batch norms hand on what they are given, in place: mu, sigma^2 of the data, gamma = sqrt(sigma^2 + eps),
+    beta = mu.
+
+    Raises:
+        MissingNeed: the task has neither calibration nor training data.
+        BadData: the data are empty, or do not reach a norm.
+    """
+    sums: dict[nn.Module, list[Tensor]] = {norm: [] for norm in norms}
+
+    def look(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows = args[0].detach().movedim(1, -1).flatten(0, -2).double()
+        sums[norm].append(torch.stack([torch.ones_like(rows[0]), rows.mean(0), rows.square().mean(0)]) * len(rows))
+
+    for norm in norms:
+        _undo(norm, torch.tensor(0.0), torch.tensor(1.0))
+    handles = [norm.register_forward_pre_hook(look) for norm in norms]
+    try:
+        with eval_mode(model):
+            for batch in islice(task.calibrating(), batches if norms else 0):
+                run(model, task, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for norm, seen in sums.items():
+        if not seen:
+            raise BadData("no data reach the new batch norms, whose statistics they give: check the training data")
+        count, mean, square = torch.stack(seen).sum(0)
+        _undo(norm, mean / count, (square / count - (mean / count).square()).clamp_min(0))
+
+
+@torch.no_grad()
+def _undo(norm: Any, mean: Tensor, var: Tensor) -> None:
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(var)
+    norm.weight.copy_((norm.running_var + norm.eps).sqrt())
+    norm.bias.copy_(norm.running_mean)

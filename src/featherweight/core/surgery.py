@@ -51,6 +51,7 @@ class Layer:
 
 
 WhereWeighted = Annotated[Where, Layers(WEIGHTED)]
+WhereConv2d = Annotated[Where, Layers((nn.Conv2d,))]
 WhereLinearOrConv2d = Annotated[Where, Layers((nn.Linear, nn.Conv2d))]
 WhereLinearConv2dOrEmbedding = Annotated[Where, Layers((nn.Linear, nn.Conv2d, nn.Embedding))]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Annotated, Any
 
 import torch
@@ -19,14 +18,13 @@ from featherweight.core.fit import Optimizers
 from featherweight.core.fold import rectified
 from featherweight.core.forms import bake, mask_zeros, masked_names
 from featherweight.core.ledger import note, skip
+from featherweight.core.norms import undo_norms
 from featherweight.core.surgery import WhereWeighted, swap, targets
-from featherweight.core.task import Task, eval_mode, run
+from featherweight.core.task import Task
 from featherweight.core.widening import again, widen_channels
-from featherweight.errors import BadData, BadOption, CompressionError
+from featherweight.errors import BadOption, CompressionError
 
 GROWING: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
-BATCHES = 8  # behind which the statistics of a new batch norm are those of the data, as far as anyone needs
 
 
 def grows(options: Mapping[str, Any]) -> None:
@@ -87,6 +85,7 @@ def net2net(
     Raises:
         BadOption: nothing is to grow, an even kernel, or no linear or convolution layer.
         CompressionError: nothing could grow.
+        BadData: there are no data that new batch norms could take their statistics from.
     """
     if kernel % 2 == 0:
         raise BadOption(f"kernel={kernel}: an identity needs a middle, pass an odd number")
@@ -102,7 +101,7 @@ def net2net(
             "choose another method, or other layers"
         )
     norms = [norm for path, told in places.items() for norm in insert(model, path, *told, depth, kernel)]
-    measure(model, task, norms)
+    undo_norms(model, task, norms)
     note(f"{wider} units copied, {depth * len(places)} identity layers inserted")
     return task.fit(model, task, epochs=epochs, lr=lr, optimizer=optimizer, label="train larger") if epochs else model
 
@@ -212,44 +211,6 @@ def identity(layer: nn.Module, kernel: int, *, bias: bool) -> nn.Module:
 
 
 def fresh_norm(norm: Any) -> nn.Module:
-    """A batch norm that is the identity in evaluation mode."""
+    """A batch norm of the size and settings of another one."""
     kind = next(k for k in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) if isinstance(norm, k))
-    new = kind(norm.num_features, eps=norm.eps, momentum=norm.momentum).to(norm.running_mean)
-    undo_itself(new, new.running_mean, new.running_var)  # type: ignore[arg-type]
-    return new
-
-
-@torch.no_grad()
-def undo_itself(norm: Any, mean: Tensor, var: Tensor) -> None:
-    """Statistics mu, sigma^2, and with them gamma = sqrt(sigma^2 + eps), beta = mu."""
-    norm.running_mean.copy_(mean)
-    norm.running_var.copy_(var)
-    norm.weight.copy_((norm.running_var + norm.eps).sqrt())
-    norm.bias.copy_(norm.running_mean)
-
-
-def measure(model: nn.Module, task: Task, norms: Sequence[nn.Module]) -> None:
-    """Gives new batch norms the statistics of what they see of the data, and undoes these.
-
-    Raises:
-        BadData: there are no data.
-    """
-    sums: dict[nn.Module, list[Tensor]] = {norm: [] for norm in norms}
-
-    def look(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        rows = args[0].detach().movedim(1, -1).flatten(0, -2).double()
-        sums[norm].append(torch.stack([torch.ones_like(rows[0]), rows.mean(0), rows.square().mean(0)]) * len(rows))
-
-    handles = [norm.register_forward_pre_hook(look) for norm in norms]
-    try:
-        with eval_mode(model):
-            for batch in islice(task.calibrating(), BATCHES if norms else 0):
-                run(model, task, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for norm, seen in sums.items():
-        if not seen:
-            raise BadData("no data reach the new batch norms, whose statistics they give: check the training data")
-        count, mean, square = torch.stack(seen).sum(0)
-        undo_itself(norm, mean / count, (square / count - (mean / count).square()).clamp_min(0))
+    return kind(norm.num_features, eps=norm.eps, momentum=norm.momentum).to(norm.running_mean)
