@@ -289,6 +289,7 @@ REFUSALS = {
     ("ista_bn", "regression"): "choose a method that ranks weights",
     ("kd", "regression"): "need the scores of at least two classes",
     ("lasso_mlp", "segmentation"): "no linear layer",
+    **{("moonshine", kind): "choose another method" for kind in BEYOND if kind != "segmentation"},
     ("net2net", "recurrent"): "choose another method",
     ("network_slimming", "dictionary"): "choose a method that ranks weights",
     ("network_slimming", "recurrent"): "choose a method that ranks weights",

@@ -225,19 +225,20 @@ def verb_function(verb: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"featherweight.{verb}"), verb)
 
 
-def ingredient(slot: str, *, paper: str = "", family: str = "", **facts: Any) -> Callable[[F], F]:
+def ingredient(slot: str, *, paper: str = "", family: str = "", kind: str = "part", **facts: Any) -> Callable[[F], F]:
     """Declares a pure function that fills one slot of a verb (`score`, `schedule`, `grid`, `rank`, ...).
 
     Args:
         paper: makes the function an id of the catalogue of its own, of the kind "part": what other ids take as an
             option.
         family: of the part, such as "prune".
+        kind: "part", or "block" of what takes the place of a layer.
     """
 
     def declare(function: F) -> F:
         function.__ingredient__ = (slot, facts)  # type: ignore[attr-defined]
         if paper:
-            part = Entry(function.__name__, family, paper, function, kind="part", module=function.__module__, slot=slot)
+            part = Entry(function.__name__, family, paper, function, kind=kind, module=function.__module__, slot=slot)
             function.__entry__ = part  # type: ignore[attr-defined]
         return function
 
@@ -303,6 +304,8 @@ def entry(name: str, kind: str | None = None) -> Entry:
     if (part := entries("part").get(name)) is not None:
         takers = ", ".join(list(takers_of(part.slot))[:3])
         raise UnknownName(f"{name} is a part, no {kind}: pass it as an option ({part.slot}={name!r}) to {takers}")
+    if kind == "method" and name in entries("block"):
+        raise UnknownName(f"{name} is a block, no method: rewrite layers with it (rewrite with block={name!r})")
     if kind == "method" and name in entries("executor"):
         raise UnknownName(f"{name} is an executor, no method: compress first, then accelerate the result")
     if kind == "method" and name in entries("codec"):
@@ -316,9 +319,9 @@ def ingredients(slot: str) -> dict[str, Callable[..., Any]]:
 
 
 def takers_of(slot: str) -> dict[str, str]:
-    """The methods with an option that takes the ingredients of a slot: id -> name of the option."""
+    """The methods with an option that takes the ingredients of a slot: id -> name of the option; or the verbs."""
     found = {}
-    for name, one in entries("method").items():
+    for name, one in (entries("method") | (entries("verb") if slot == "block" else {})).items():
         for option in one.options():
             marks = [mark for hint in allowed.alternatives(option.hint) for mark in getattr(hint, "__metadata__", ())]
             if any(isinstance(mark, Slot) and mark.name == slot for mark in marks):

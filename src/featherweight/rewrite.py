@@ -1,0 +1,145 @@
+"""The verb `rewrite`: convolutions become cheaper blocks, which start from them where the block can, then train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor, nn
+
+from featherweight.allowed import Amount, Positive, Share, checked
+from featherweight.catalogue import Slot, fill
+from featherweight.core.exchange import example_inputs, unexchangeable
+from featherweight.core.fit import Optimizers
+from featherweight.core.forms import mask_of
+from featherweight.core.ledger import note, skip
+from featherweight.core.norms import undo_norms
+from featherweight.core.settings import with_settings
+from featherweight.core.structured import StructuredLayer
+from featherweight.core.surgery import Where, WhereConv2d, swap, targets
+from featherweight.core.task import Task, check_needs, eval_mode
+from featherweight.core.taught import taught
+from featherweight.errors import CompressionError
+
+Block = Callable[..., nn.Module | str]
+"""`(convolution, **settings) -> module` with its inputs and outputs, or why it cannot stand there."""
+
+
+@checked()
+def rewrite(
+    model: nn.Module,
+    task: Task,
+    *,
+    block: Annotated[str, Slot("block")] | Block = "moonshine_blocks",
+    settings: Mapping[str, Any] | None = None,
+    keep_first: bool = True,
+    teach: Share = 0.0,
+    epochs: Amount = 10,
+    lr: Positive = 1e-3,
+    optimizer: Optimizers = None,
+    where: WhereConv2d = None,
+) -> nn.Module:
+    """Exchanges convolutions for blocks, all at once, then trains the whole network.
+
+    A layer stays as it is, and is reported, where the block cannot stand, or would need as many parameters or more
+    multiplications.
+
+    Args:
+        block: what takes the place of a convolution (slot `block`).
+        settings: options of the block, such as {"block": "B(2)"}.
+        keep_first: leaves the first convolution alone unless `where` chooses it.
+        teach: share of the teacher's softened probabilities in the loss; the labels have the rest.
+        epochs: of training; 0 needs no training data.
+        lr: learning rate.
+        optimizer: as in `fit`.
+        where: which convolutions.
+
+    Raises:
+        BadOption: the model has no convolution, or a setting that the block does not take.
+        MissingNeed: training without labelled training data.
+        CompressionError: no layer was replaced.
+    """
+    make = with_settings(fill("block", block), settings or {})
+    if epochs:
+        check_needs({"labels", "train"}, task, "training")
+    exchange(model, task, make, where, keep_first=keep_first)
+    step = taught(task, model, teach)
+    return task.fit(model, task, epochs=epochs, lr=lr, optimizer=optimizer, step=step) if epochs else model
+
+
+def exchange(
+    model: nn.Module, task: Task, make: Block, where: Where = None, *, keep_first: bool = True
+) -> dict[str, nn.Module]:
+    """Exchanges convolutions for blocks, in place, and returns these by path; what stays is reported.
+
+    Batch norms inside of blocks hand on what they are given, so that only rectifiers tell a block from its start.
+
+    Raises:
+        BadOption: the model has no convolution.
+        CompressionError: no layer was replaced.
+    """
+    layers = targets(model, where, (nn.Conv2d,))
+    called = example_inputs(model, task, [p for p, m in model.named_modules() if isinstance(m, nn.Conv2d)])
+    first = next(iter(called), "") if keep_first and where is None else ""
+    reasons: dict[str, str] = {}
+    replaced: dict[str, nn.Module] = {}
+    for path, layer in layers.items():
+        new = fitting(model, path, layer, make, called.get(path), first)
+        if isinstance(new, str):
+            reasons[path] = new
+            skip(path, new)
+            continue
+        if mask_of(layer) is not None:
+            note(f"the block in the place of {path} is dense: its pruned weights are zeros no more")
+        replaced[path] = swap(model, path, new)
+    if not replaced:
+        why = "; ".join(f"{path}: {reason}" for path, reason in list(reasons.items())[:3])
+        raise CompressionError(f"no convolution was rewritten ({why}): choose another block or other layers")
+    note(f"{len(replaced)} of {len(layers)} convolutions rewritten")
+    norms = [m for new in replaced.values() for m in new.modules() if isinstance(m, nn.BatchNorm2d)]
+    if task.train is not None or task.calibration is not None:
+        undo_norms(model, task, norms)
+    return replaced
+
+
+def fitting(
+    model: nn.Module, path: str, layer: nn.Module, make: Block, seen: Tensor | None, first: str
+) -> nn.Module | str:
+    """The block in the place of a layer, or why the layer stays."""
+    if path == first:
+        return "the first convolution, which sees the data: choose it by where="
+    if (reason := unexchangeable(model, layer, seen)) or seen is None:
+        return reason
+    new = make(layer)
+    return new if isinstance(new, str) else dearer(layer, new, seen) or new
+
+
+def dearer(old: nn.Module, new: nn.Module, example: Tensor) -> str:
+    """Why a block is not cheaper than a layer; empty if it is."""
+    (params, macs), (params_of_new, macs_of_new) = (spent(m, example) for m in (old, new))
+    if params_of_new < params and macs_of_new <= macs:
+        return ""
+    return f"the block would need {params_of_new:,} parameters and {macs_of_new:,} MACs, it has {params:,} and {macs:,}"
+
+
+def spent(module: nn.Module, example: Tensor) -> tuple[int, int]:
+    """Parameters, and multiply-accumulates on one sample in linear, convolution and structured layers."""
+    macs = 0
+
+    def count(layer: Any, args: tuple[Any, ...], output: Tensor) -> None:
+        nonlocal macs
+        if isinstance(layer, StructuredLayer):
+            macs += layer.macs(args[0].shape, output.shape) // len(example)
+        else:
+            macs += output.numel() // len(layer.weight) * layer.weight.numel() // len(example)
+
+    leaves = [m for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d, StructuredLayer))]
+    handles = [leaf.register_forward_hook(count) for leaf in leaves]
+    try:
+        with torch.no_grad(), eval_mode(module):
+            module(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sum(p.numel() for p in module.parameters()), macs
