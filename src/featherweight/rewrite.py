@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -15,7 +16,7 @@ from featherweight.core.fit import Optimizers
 from featherweight.core.forms import mask_of
 from featherweight.core.ledger import note, skip
 from featherweight.core.norms import undo_norms
-from featherweight.core.settings import with_settings
+from featherweight.core.settings import plain, with_settings
 from featherweight.core.structured import StructuredLayer
 from featherweight.core.surgery import Where, WhereConv2d, swap, targets
 from featherweight.core.task import Task, check_needs, eval_mode
@@ -23,7 +24,11 @@ from featherweight.core.taught import taught
 from featherweight.errors import CompressionError
 
 Block = Callable[..., nn.Module | str]
-"""`(convolution, **settings) -> module` with its inputs and outputs, or why it cannot stand there."""
+"""`(convolution, **settings) -> module` with its inputs and outputs, or why it cannot stand there.
+
+An ingredient may declare `first`, that a network begins with it, and `around`, `(model, example inputs, **settings) ->
+finish`, called before the exchange: `finish(replaced)` then changes what stands around the new layers.
+"""
 
 
 @checked()
@@ -48,7 +53,7 @@ def rewrite(
     Args:
         block: what takes the place of a convolution (slot `block`).
         settings: options of the block, such as {"block": "B(2)"}.
-        keep_first: leaves the first convolution alone unless `where` chooses it.
+        keep_first: leaves the first convolution alone, unless `where` chooses it or the block begins with it.
         teach: share of the teacher's softened probabilities in the loss; the labels have the rest.
         epochs: of training; 0 needs no training data.
         lr: learning rate.
@@ -81,7 +86,10 @@ def exchange(
     """
     layers = targets(model, where, (nn.Conv2d,))
     called = example_inputs(model, task, [p for p, m in model.named_modules() if isinstance(m, nn.Conv2d)])
-    first = next(iter(called), "") if keep_first and where is None else ""
+    facts = getattr(plain(make), "__ingredient__", ("", {}))[1]
+    first = next(iter(called), "") if keep_first and where is None and not facts.get("first") else ""
+    set_so = make.keywords if isinstance(make, partial) else {}
+    finish = facts["around"](model, task.inputs(), **set_so) if "around" in facts else None
     reasons: dict[str, str] = {}
     replaced: dict[str, nn.Module] = {}
     for path, layer in layers.items():
@@ -97,6 +105,8 @@ def exchange(
         why = "; ".join(f"{path}: {reason}" for path, reason in list(reasons.items())[:3])
         raise CompressionError(f"no convolution was rewritten ({why}): choose another block or other layers")
     note(f"{len(replaced)} of {len(layers)} convolutions rewritten")
+    if finish is not None:
+        finish(replaced)
     norms = [m for new in replaced.values() for m in new.modules() if isinstance(m, nn.BatchNorm2d)]
     if task.train is not None or task.calibration is not None:
         undo_norms(model, task, norms)

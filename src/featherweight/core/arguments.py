@@ -25,6 +25,10 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < HUGE  # not so of NaN
 
 
+def _some(value: Any) -> bool:
+    return _integer(value, 1, LARGEST)
+
+
 Check = Callable[[str, Any], bool]
 
 
@@ -96,6 +100,7 @@ ARGUMENTS: dict[str, Check] = {
     "nonlinearity": _one_of("tanh", "relu"),
     "approximate": _one_of("none", "tanh"),
     "size": _or_none(_sizes(1)),
+    "unflattened_size": lambda kind, value: isinstance(value, tuple) and _each(_some, 16)(kind, value),
     "output_size": _each(lambda one: one is None or _integer(one, 0, WIDEST)),
     "scale_factor": _or_none(_each(lambda one: _number(one) and one > 0)),
     "mode": _one_of(*MODES),

@@ -56,6 +56,7 @@ LEAVES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
         ((nn.PReLU,), ("num_parameters",)),
         ((nn.Softmax, nn.LogSoftmax, nn.GLU), ("dim",)),
         ((nn.Flatten,), ("start_dim", "end_dim")),
+        ((nn.Unflatten,), ("dim", "unflattened_size")),
         ((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout), ("p", "inplace")),
         ((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), MAX_POOL),
         ((nn.AvgPool1d,), AVG_POOL),

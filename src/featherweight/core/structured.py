@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from featherweight.core import displacements, functional_hash  # noqa: F401 - their structures are known from here on
+from featherweight.core import displacements, functional_hash, rotations  # noqa: F401 - their structures are known from here on
 from featherweight.core.structures import Structure, made, near
 from featherweight.errors import BadOption
 
