@@ -86,7 +86,7 @@ def exchange(
     """
     layers = targets(model, where, (nn.Conv2d,))
     called = example_inputs(model, task, [p for p, m in model.named_modules() if isinstance(m, nn.Conv2d)])
-    facts = getattr(plain(make), "__ingredient__", ("", {}))[1]
+    facts: dict[str, Any] = getattr(plain(make), "__ingredient__", ("", {}))[1]
     first = next(iter(called), "") if keep_first and where is None and not facts.get("first") else ""
     set_so = make.keywords if isinstance(make, partial) else {}
     finish = facts["around"](model, task.inputs(), **set_so) if "around" in facts else None
