@@ -184,6 +184,9 @@ def test_bad_input():
         entry("net2net")(small_mlp(), task, width=1, depth=0)
     with pytest.raises(BadOption, match="odd number"):
         entry("net2net")(small_mlp(), task, kernel=2)
+    quantized = entry("int8")(small_mlp(), task, calibration_batches=1)
+    with pytest.raises(BadOption, match="grow it before"):
+        entry("net2net")(quantized, task)
     with pytest.raises(CompressionError, match="choose another method"):
         entry("net2net")(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), task)
     empty = Task(train=[], valid=task.valid)

@@ -1,4 +1,4 @@
-"""Low rank: the nearest matrix, and Tucker-2 of a kernel."""
+"""Low rank: the nearest matrix, Tucker-2 of a kernel, and grouped convolutions followed by one of 1 x 1."""
 
 from __future__ import annotations
 
@@ -31,3 +31,23 @@ def decompose(kernel: Tensor, r1: int, r2: int, sweeps: int = 10) -> tuple[Tenso
 def leading(matrix: Tensor, rank: int) -> Tensor:
     """The leading left singular vectors, (rows, rank)."""
     return torch.linalg.svd(matrix, full_matrices=False)[0][:, :rank]
+
+
+def grouped(weight: Tensor, groups: int, rank: int) -> tuple[Tensor, Tensor]:
+    """A weight (K, C, k, k) as a grouped one (groups rank, C / groups, k, k) and a 1 x 1 (K, groups rank, 1, 1).
+
+    The inputs of each group, as a matrix (K, n k^2), get the best approximation of the rank: exact where that is K or
+    n k^2.
+
+    >>> spatial, point = grouped(torch.ones(3, 4, 3, 3), 4, 1)
+    >>> tuple(spatial.shape), tuple(point.shape), round(float((point[:, 0, 0] * spatial[0, 0, 0, 0])[0]), 4)
+    ((4, 1, 3, 3), (3, 4, 1, 1), 1.0)
+    """
+    outputs, inputs, *kernel = weight.shape
+    each = inputs // groups
+    spatial, point = weight.new_zeros(groups * rank, each, *kernel), weight.new_zeros(outputs, groups * rank)
+    for i in range(groups):
+        left, right = truncated(weight[:, i * each : (i + 1) * each].flatten(1), rank)
+        found = slice(i * rank, i * rank + left.shape[1])  # fewer where there are fewer outputs
+        point[:, found], spatial[found] = left, right.view(-1, each, *kernel)
+    return spatial, point[:, :, None, None]

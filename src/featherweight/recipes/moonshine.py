@@ -6,8 +6,9 @@ from functools import partial
 
 from torch import nn
 
-from featherweight.allowed import Amount, Positive
+from featherweight.allowed import Amount, Positive, Whole
 from featherweight.catalogue import recipe
+from featherweight.core.blocks import Between, Start
 from featherweight.core.features import outputs, stages
 from featherweight.core.fit import Optimizers
 from featherweight.core.ledger import note
@@ -17,7 +18,7 @@ from featherweight.core.task import Task, first
 from featherweight.core.taught import teacher_of
 from featherweight.distill import Term, learn
 from featherweight.errors import unknown
-from featherweight.ingredients.block.moonshine_blocks import Between, BlockName, Start, moonshine_blocks
+from featherweight.ingredients.block.moonshine_blocks import BlockName, moonshine_blocks
 from featherweight.ingredients.match.attention_transfer import attention_maps
 from featherweight.ingredients.match.softened import softened
 from featherweight.rewrite import exchange
@@ -37,6 +38,7 @@ def moonshine(
     block: BlockName = "G(N)",
     start: Start = "factors",
     between: Between = "norm",
+    refit: Whole = 8,
     keep_first: bool = True,
     beta: Amount = 1000.0,
     soft: Amount = 0.0,
@@ -51,14 +53,17 @@ def moonshine(
     The student has the teacher's layers at the teacher's paths, so the layers that are compared (the last one with maps
     of each size) belong together one to one.
 
-    Departs from the paper: everything starts from the teacher (blocks from a factorization of its convolutions), where
-    the paper draws all weights anew: that is start="random"; the distance is the 1/2 of `attention_transfer`; Adam and
-    fewer steps in place of 200 epochs of SGD; a convolution stays where the block would not be cheaper.
+    Departs from the paper: everything starts from the teacher (blocks from a factorization of its convolutions, then
+    fitted by least squares), where the paper draws all weights anew: that is start="random"; the distance is the 1/2 of
+    `attention_transfer`; Adam and fewer steps in place of 200 epochs of SGD; a convolution stays where the block would
+    not be cheaper.
 
     Args:
         block: S, G(N), G(g), B(b), BG(b,g) or Conv2x2 with numbers for the letters (see `moonshine_blocks`).
         start: "factors" of the model's convolutions; "random" draws every weight of the network anew.
         between: "norm" for a batch norm and a rectifier between the parts of a block; "linear" for nothing.
+        refit: calibration batches on which the last part of each block that starts from factors is fitted to what the
+            layer put out; 0 leaves it out.
         keep_first: leaves the first convolution alone unless `where` chooses it.
         beta: weight of attention transfer, for three taps; as many taps as there are share it.
         soft: weight of the teacher's softened probabilities.
@@ -77,7 +82,7 @@ def moonshine(
     batch = first(task.calibrating(), "training")
     make = partial(moonshine_blocks, block=block, start=start, between=between)
     taps = stages(outputs(teacher, task, batch), "ends") if beta else []
-    exchange(model, task, make, where, keep_first=keep_first)
+    exchange(model, task, make, where, keep_first=keep_first, refit=refit if start == "factors" else 0)
     for path in taps:
         if path not in (known := [p for p, _ in model.named_modules() if p]):
             raise unknown("layer of the student, at which the teacher is tapped,", path, known)

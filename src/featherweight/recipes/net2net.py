@@ -16,7 +16,7 @@ from featherweight.catalogue import recipe
 from featherweight.core.channels import Channels, channel_groups
 from featherweight.core.fit import Optimizers
 from featherweight.core.fold import rectified
-from featherweight.core.forms import bake, mask_zeros, masked_names
+from featherweight.core.forms import ACTIVATIONS, activation_form, bake, mask_zeros, masked_names
 from featherweight.core.ledger import note, skip
 from featherweight.core.norms import undo_norms
 from featherweight.core.surgery import WhereWeighted, swap, targets
@@ -83,12 +83,14 @@ def net2net(
         where: which layers.
 
     Raises:
-        BadOption: nothing is to grow, an even kernel, or no linear or convolution layer.
+        BadOption: nothing is to grow, an even kernel, activations on grids, or no linear or convolution layer.
         CompressionError: nothing could grow.
         BadData: there are no data that new batch norms could take their statistics from.
     """
     if kernel % 2 == 0:
         raise BadOption(f"kernel={kernel}: an identity needs a middle, pass an odd number")
+    if any(activation_form(m, at) is not None for m in model.modules() for at in ACTIVATIONS):
+        raise BadOption("the model's activations are quantized, each on its own grid: grow it before that")
     chosen = list(targets(model, where, GROWING))
     masked = masked_names(model)
     bake(model)

@@ -21,23 +21,21 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from featherweight.catalogue import ingredient
-from featherweight.core.lowrank import decompose, truncated
+from featherweight.core.blocks import Between, Start, convolution, fill, in_a_row
+from featherweight.core.lowrank import decompose, grouped
 from featherweight.errors import BadOption
 
 N = "[1-9][0-9]*"
 WORDS = rf"^((?P<s>S|Conv2x2)|G\((?P<g>N|{N})\)|B\((?P<b>{N})\)|BG\((?P<bb>{N}),(?P<bg>{N})\))$"
 BlockName = Annotated[str, Field(pattern=WORDS, examples=["G(N)", "G(8)", "B(2)", "BG(2,4)", "Conv2x2", "S"])]
 """A block of this file, with numbers for the letters but N."""
-Between = Literal["norm", "linear"]
-"""What stands between the parts of a block: a batch norm and a rectifier, or nothing."""
-Start = Literal["factors", "random"]
 
 
 @dataclass(frozen=True)
@@ -83,24 +81,13 @@ def moonshine_blocks(
         return reason
     weight = layer.weight.detach().double()
     if plan.corners:
-        parts, here = [weight[:, :, ::2, ::2]], 0
-    elif plan.bottleneck:
-        parts, here = bottleneck(weight, len(weight) // plan.bottleneck, plan.groups), 1
+        return corners(layer, start)
+    groups = plan.groups or layer.in_channels
+    if plan.bottleneck:
+        parts, here = bottleneck(weight, len(weight) // plan.bottleneck, groups), 1
     else:
-        parts, here = list(grouped(weight, plan.groups or weight.shape[1])), 0
-    convs = [convolution(layer, part, spatial=i == here, last=part is parts[-1]) for i, part in enumerate(parts)]
-    if plan.corners:
-        convs[0].dilation = (2, 2)
-    for conv, part in zip(convs, parts, strict=True):
-        if start == "factors":
-            conv.weight.data.copy_(part)
-    if start == "factors" and layer.bias is not None and convs[-1].bias is not None:
-        convs[-1].bias.data.copy_(layer.bias)
-    if len(convs) == 1:
-        return convs[0]
-    inner = [[conv, nn.BatchNorm2d(conv.out_channels).to(layer.weight), nn.ReLU()] for conv in convs[:-1]]
-    steps = [step for one in inner for step in (one if between == "norm" else one[:1])]
-    return nn.Sequential(*steps, convs[-1])
+        parts, here = list(grouped(weight, groups, weight.shape[1] // groups)), 0
+    return in_a_row(layer, parts, spatial=here, groups=groups, start=start, between=between)
 
 
 def misfit(layer: nn.Conv2d, block: str, plan: Plan) -> str:
@@ -120,36 +107,14 @@ def misfit(layer: nn.Conv2d, block: str, plan: Plan) -> str:
     return ""
 
 
-def convolution(layer: nn.Conv2d, weight: Tensor, *, spatial: bool, last: bool) -> nn.Conv2d:
-    """A convolution with the shape of this weight; the `spatial` one has the layer's geometry, the `last` its bias."""
-    names = ("stride", "padding", "dilation", "padding_mode") if spatial else ()
-    geometry: dict[str, Any] = {name: getattr(layer, name) for name in names}
-    out, into, height, width = weight.shape
-    groups = out // into if spatial and not last else 1
-    new = nn.Conv2d(
-        into * groups, out, (height, width), groups=groups, bias=last and layer.bias is not None, **geometry
-    )
-    return new.to(layer.weight)
-
-
-def grouped(weight: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """A weight (K, C, k, k) as a grouped convolution (C, C / g, k, k) and a 1 x 1 (K, C, 1, 1), nearest in each group.
-
-    The inputs of a group, as a matrix (K, n k^2), get the best approximation of rank n = C / g: exact where K <= n.
-
-    >>> spatial, point = grouped(torch.ones(3, 4, 3, 3), 4)
-    >>> tuple(spatial.shape), tuple(point.shape), round(float((point[:, 0, 0] * spatial[0, 0, 0, 0])[0]), 4)
-    ((4, 1, 3, 3), (3, 4, 1, 1), 1.0)
-    """
-    outputs, inputs, *kernel = weight.shape
-    each = inputs // groups
-    spatial, point = weight.new_zeros(inputs, each, *kernel), weight.new_zeros(outputs, inputs)
-    for i in range(groups):
-        part = slice(i * each, (i + 1) * each)
-        left, right = truncated(weight[:, part].flatten(1), each)
-        found = slice(i * each, i * each + left.shape[1])  # fewer where there are fewer outputs
-        point[:, found], spatial[found] = left, right.view(-1, each, *kernel)
-    return spatial, point[:, :, None, None]
+def corners(layer: nn.Conv2d, start: Start) -> nn.Conv2d:
+    """The four corners of a 3 x 3 convolution as one of 2 x 2, spread by a dilation of 2."""
+    weight = layer.weight.detach()[:, :, ::2, ::2]
+    new = convolution(layer, weight, 1, spatial=True, last=True)
+    new.dilation = (2, 2)
+    if start == "factors":
+        fill(new, weight, layer.bias)
+    return new
 
 
 def bottleneck(weight: Tensor, width: int, groups: int = 1) -> list[Tensor]:
@@ -166,6 +131,6 @@ def bottleneck(weight: Tensor, width: int, groups: int = 1) -> list[Tensor]:
     last = weight.new_zeros(outputs, width)
     last[:, : out.shape[1]] = out
     if groups > 1:
-        whole, point = grouped(whole, groups)
+        whole, point = grouped(whole, groups, width // groups)
         last = last @ point.flatten(1)
     return [first[:, :, None, None], whole, last[:, :, None, None]]
