@@ -90,7 +90,9 @@ def test_layers_that_stay_are_told():
 def test_a_teacher_may_have_a_share():
     model, task = contract.trained()
     teacher, _ = contract.trained()
-    taught = rewrite(model, replace(task, teacher=teacher), settings={"block": "G(4)"}, teach=0.5, epochs=4, lr=0.01)
+    taught = rewrite(
+        model, replace(task, teacher=teacher), settings={"block": "G(4)"}, teacher_share=0.5, epochs=4, lr=0.01
+    )
     assert fw.evaluate(taught, task).value > 0.4
 
 

@@ -46,7 +46,7 @@ def rewrite(
     settings: Mapping[str, Any] | None = None,
     refit: Whole = 0,
     keep_first: bool = True,
-    teach: Share = 0.0,
+    teacher_share: Share = 0.0,
     epochs: Amount = 10,
     lr: Positive = 1e-3,
     optimizer: Optimizers = None,
@@ -63,7 +63,7 @@ def rewrite(
         refit: calibration batches on which the last convolution of each block is fitted, by least squares, to what the
             layer put out; 0 leaves it out.
         keep_first: leaves the first convolution alone, unless `where` chooses it or the block begins with it.
-        teach: share of the teacher's softened probabilities in the loss; the labels have the rest.
+        teacher_share: share of the teacher's softened probabilities in the loss; the labels have the rest.
         epochs: of training; 0 needs no training data.
         lr: learning rate.
         optimizer: as in `fit`.
@@ -78,7 +78,7 @@ def rewrite(
     if epochs:
         check_needs({"labels", "train"}, task, "training")
     exchange(model, task, make, where, keep_first=keep_first, refit=refit)
-    step = taught(task, model, teach)
+    step = taught(task, model, teacher_share)
     return task.fit(model, task, epochs=epochs, lr=lr, optimizer=optimizer, step=step) if epochs else model
 
 
