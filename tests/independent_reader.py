@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,7 @@ def symbols(source: Bytes, count: int, size: int) -> list[int]:
     if head & 3 == 0:
         if size <= 1 or not count:
             return [0] * count
-        return (fixed, huffman, range_code, ans, adaptive)[head >> 2](source, count, size)
+        return (fixed, huffman, range_code, ans, adaptive, mixed)[head >> 2](source, count, size)
     background = source.varint()
     if head & 3 == 2:
         mask = symbols(source, count, 2)
@@ -275,4 +275,117 @@ def adaptive(source: Bytes, count: int, size: int) -> list[int]:
                 length = next(n for n in range(19) if not bit(111 + n))
                 value = 14 + int("1" + "".join(str(bit(-1)) for _ in range(length)), 2)
         out.append(-value if negative else value)
+    return [value + centre for value in out]
+
+
+LOWER = (22, 36, 60, 98, 162, 267, 440, 724, 1179, 1921, 3108, 4971, 7812, 11955, 17625, 24743)
+KNOTS = (*LOWER, 1 << 15, *((1 << 16) - k for k in LOWER[:0:-1]), 65514)
+SQUASH = [(KNOTS[x >> 7] * (128 - x % 128) + KNOTS[(x >> 7) + 1] * (x % 128)) >> 7 for x in range(4096)]
+STRETCH = [max(min(bisect_left(SQUASH, 16 * q + 8), 4095) - 2048, -2047) for q in range(4096)]
+LOGS = (-1242, -1065, -887, -783, -710, -653, -606, -566, -532, -502, -475, -451, -429, -408, -389, -371)
+NEXT = (["00"], ["02", "20", "13", "31"], ["02", "75", "13", "64", "20", "57", "31", "46"])
+
+
+def lim(x: int, bound: int) -> int:
+    return max(-bound, min(bound, x))
+
+
+def log_of(at: int) -> int:
+    return LOGS[at] if at < 16 else LOGS[8 + at % 8] + 177 * (at // 8 - 1)
+
+
+def bucket(x: int, steps: int) -> int:
+    n = 0
+    while x >= 2 * steps:
+        x, n = x >> 1, n + 1
+    return min(n * steps + x, 63)
+
+
+class Mixture:
+    """Range decoder, cells and weights of a context-mixing code."""
+
+    def __init__(self, data: bytes, pace: int) -> None:
+        self.data, self.pace = iter(data), pace
+        self.code, self.span = int.from_bytes([next(self.data, 0) for _ in range(4)], "big"), (1 << 32) - 1
+        self.cells, self.weights = dict[tuple[int, ...], list[int]](), dict[tuple[int, ...], list[int]]()
+
+    def taken(self, chance: int) -> int:
+        bound = (self.span >> 16) * chance
+        one = int(self.code < bound)
+        self.code, self.span = (self.code, bound) if one else (self.code - bound, self.span - bound)
+        while self.span < 1 << 24:
+            self.code, self.span = self.code << 8 | next(self.data, 0), self.span << 8
+        return one
+
+    def bit(self, bin: int, contexts: list[int], logits: list[int], odd: int, group: int, lift: int) -> int:
+        cells = []
+        for model, (context, logit) in enumerate(zip(contexts, logits, strict=True)):
+            fresh = [64 * SQUASH[lim(logit + lift, 1536) + 2048], 8]
+            cells.append(self.cells.setdefault((model, context, odd, bin), fresh))
+        said = [STRETCH[chance >> 10] for chance, _ in cells]
+        sets = [self.weights.setdefault(key, [11141] * 6) for key in ((0, bin, odd), (1, bin, odd, group))]
+        sums = [lim(sum(w * x for w, x in zip(own, said, strict=True)) >> 16, 2047) for own in sets]
+        one = self.taken(SQUASH[(sum(sums) >> 1) + 2048])
+        for own, total in zip(sets, sums, strict=True):
+            error = (one << 16) - SQUASH[total + 2048]
+            own[:] = [
+                lim(w + ((x * error * self.pace + (1 << 17)) >> 18), 1 << 20) for w, x in zip(own, said, strict=True)
+            ]
+        for cell in cells:
+            moved = cell[0] + (((one << 22) - cell[0]) * (655360 // (10 * cell[1] + 16)) >> 16)
+            cell[:] = [min(max(moved, 64), (1 << 22) - 64), min(cell[1] + 1, 1000)]
+        return one
+
+
+def mixed(source: Bytes, count: int, size: int) -> list[int]:
+    centre, width, kernel = source.varint(), source.varint(), source.varint()
+    first, second = source.take(2)
+    shift, table, level = first & 31, NEXT[first >> 5], second & 63
+    mixture = Mixture(source.take(source.varint()), (2, 4, 7, 14)[second >> 6])
+    mean = 4 * (level if level < 16 else (8 + level % 8) << (level // 8 - 1))
+    out, sizes, state, fast = list[int](), list[int](), 0, mean
+    sums: dict[object, int] = {}
+    for i in range(count):
+        row, x = divmod(i, width)
+        (which, place), odd = divmod(x, kernel), state % 2
+        if x == 0:
+            sums["row"] = 0
+        column = [sums.get(("column", x + d), 0) for d in (-1, 0, 1)]
+        whole = max((sums.get("all", 0) + 32 * mean) // (i + 32), 4)
+        along, down = (sums["row"] + 4 * whole) // (x + 4), (column[1] + whole) // (row + 1)
+        beside = (column[0] + 2 * column[1] + column[2] + 2 * whole) // (4 * row + 2)
+        inputs = (sums.get(("input", which), 0) + 2 * whole) // (row * kernel + place + 2) if kernel > 1 else beside
+        places = (sums.get(("place", place), 0) + 2 * whole) // (row * (width // kernel) + which + 2)
+        both = along * down // whole
+        before = [sizes[i - d] if fits else 0 for d, fits in ((1, x >= 1), (width, row), (kernel, x >= kernel))]
+        left, above, beyond = (min((one + 1) // 2, 3) for one in before)
+        found = [bucket(m >> 2, 8) for m in (along, down, fast, both, along * inputs // whole * places // whole)]
+        contexts, logits = [*found, 16 * left + 4 * above + beyond], [log_of(b) for b in (*found, found[0])]
+        group = min(bucket(both >> 2, 2), 15)
+
+        def bit(bin: int, lift: int, of: tuple[Any, ...] = (contexts, logits, odd, group)) -> int:
+            return mixture.bit(bin, *of, lift)
+
+        value = 0
+        while value < 15 and bit(value, 102 + 179 * odd if value == 0 else -90):
+            value += 1
+        if value == 15:
+            length = next(n for n in range(19) if not bit(16 + n, 0))
+            value = 14 + int("1" + "".join(str(mixture.taken(1 << 15)) for _ in range(length)), 2)
+        if value:
+            value -= 1
+            for _ in range(shift):
+                value = 2 * value | mixture.taken(1 << 15)
+            value += 1
+            steps = [(d, x >= d) for d in (1, 2, kernel)] + [(d, i >= d) for d in (width, 2 * width)]
+            one, two, far, up, higher = (1 + int(np.sign(out[i - d])) if fits else 1 for d, fits in steps)
+            signs = [3 * one + two, 3 * far + up, 3 * up + higher, 3 * one + up, 9 * one + 3 * far + up, 0]
+            value = -value if mixture.bit(15, signs, [0] * 6, 0, 0, 0) else value
+        out.append(value)
+        sizes.append(min((2 * abs(value) - (odd if value else 0)) >> shift, 1 << 20))
+        grown = 128 * sizes[-1]
+        for key in ("all", "row", ("column", x), ("input", which), ("place", place)):
+            sums[key] = sums.get(key, 0) + grown
+        fast += (grown - fast) >> 2 if grown > fast else -((fast - grown) >> 2)
+        state = int(table[state][value % 2])
     return [value + centre for value in out]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from featherweight.coding.bits import Ints, Reader, entropy_bits, pack_fixed, unpack_fixed, varint
+from featherweight.coding.coders.context_mixing import context_mixing, context_mixing_decode
 from featherweight.coding.coders.deepcabac import deepcabac, deepcabac_decode
 from featherweight.coding.coders.huffman import huffman, huffman_decode, huffman_size
 from featherweight.coding.coders.range_coder import entropy_coder_size, range_coder, range_decode
@@ -62,8 +63,9 @@ CODERS = (
     Coder("range_coder", range_coder, range_decode, entropy_coder_size),
     Coder("rans", rans, rans_decode, entropy_coder_size),
     Coder("deepcabac", deepcabac, deepcabac_decode, entropy_coder_size),
+    Coder("context_mixing", context_mixing, context_mixing_decode, entropy_coder_size),
 )
-FIXED, CONTEXT = 0, 4
+FIXED, CONTEXT, MIXING = 0, 4, 5
 ALLOWED = {
     None: (0, 1, 2, 3),
     "fixed": (0,),
@@ -75,6 +77,9 @@ ALLOWED = {
     "ans": (0, 3),
     "deepcabac": (0, 4),
     "cabac": (0, 4),
+    "context_mixing": (0, 5),
+    "cm": (0, 5),
+    "smallest": (0, 1, 2, 3, 4, 5),
 }
 
 
@@ -90,19 +95,23 @@ def allowed(coder: str | None) -> tuple[int, ...]:
 
 
 def pack_symbols(
-    symbols: Ints, size: int, coders: tuple[int, ...] = ALLOWED[None], widths: Sequence[int] = ()
+    symbols: Ints, size: int, coders: tuple[int, ...] = ALLOWED[None], widths: Sequence[int] = (), states: int = 0
 ) -> bytes:
     """The shortest of all layouts and coders for symbols in 0..size-1, at the sizes that their counts foretell.
 
     Args:
         widths: lengths of the rows in which the symbols stand, where neighbours tell something of each other: only then
-            is the context-adaptive coder tried, which has no size that counts foretell.
+            are the adaptive coders tried, which have no size that counts foretell.
+        states: of the trellis whose levels the symbols are.
     """
-    static = _pack_static(symbols, size, tuple(c for c in coders if c != CONTEXT))
-    if CONTEXT not in coders or not widths or size <= 1 or size > WIDEST or len(symbols) < FEWEST:
-        return static
-    adaptive = bytes([DENSE | CONTEXT << 2]) + deepcabac(symbols, size, widths)
-    return min(static, adaptive, key=len)
+    made = [_pack_static(symbols, size, tuple(c for c in coders if c not in (CONTEXT, MIXING)))]
+    if not widths or size <= 1 or size > WIDEST or len(symbols) < FEWEST:
+        return made[0]
+    if CONTEXT in coders:
+        made.append(bytes([DENSE | CONTEXT << 2]) + deepcabac(symbols, size, widths))
+    if MIXING in coders:
+        made.append(bytes([DENSE | MIXING << 2]) + context_mixing(symbols, size, widths, states))
+    return min(made, key=len)
 
 
 def _pack_static(symbols: Ints, size: int, coders: tuple[int, ...]) -> bytes:

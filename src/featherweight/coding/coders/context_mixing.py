@@ -1,0 +1,111 @@
+"""Context mixing of integer weights: several adaptive models foretell each bin, and what they say is added up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from featherweight.catalogue import recipe
+from featherweight.coding.bits import Ints, Reader, varint
+from featherweight.errors import FormatError
+
+PACES = (2, 4, 7, 14)  # how fast the weights of the mixer learn
+SHORT = 1 << 14  # symbols up to which every pace is tried
+SMALL = 8  # mean magnitude up to which every bit of a symbol is modelled
+TRELLISES = (0, 4, 8)  # states of the quantizer, by their number in the file
+
+
+@recipe(
+    paper="Mahoney, Florida Institute of Technology CS-2005-16, 2005; Kirchhoffer et al., IEEE TCSVT 2022",
+    family="code",
+    kind="coder",
+    aliases=("cm",),
+)
+def context_mixing(symbols: Ints, size: int, widths: Sequence[int] = (), states: int = 0) -> bytes:
+    """Six models of a weight's neighbourhood, mixed in the logistic domain by weights that learn on the way.
+
+    A symbol is told by its distance from the most frequent one: whether it is that one, flags for greater than 1 to
+    14, an Exp-Golomb code beyond, the sign. The models look at the mean magnitude of the row so far, of the column in
+    the rows above (of the columns beside it, or of all kernels of the same input), of the last few weights, of the
+    place in the kernel, at products of these, and at three neighbours. Before anything was learned they foretell a
+    two-sided geometric distribution of that mean.
+
+    Args:
+        widths: the length of a row and, if there is one, of a kernel in it.
+        states: 4 or 8 if the symbols are levels of a trellis, whose state tells which of two grids is in use.
+
+    Departs from the paper: binary decisions and the mixer are those of the context-mixing compressors, the binarisation
+    and the trellis states that of neural network coding (ISO/IEC 15938-17); mean magnitudes as contexts are our own.
+    """
+    from featherweight.coding.mixing_kernels import encode
+
+    centre = _centre(symbols)
+    values = symbols.astype(np.int64) - centre
+    width, kernel = _rows(len(values), widths)
+    trellis = TRELLISES.index(states)
+    mean = float(np.abs(values).mean()) if len(values) else 0.0
+    shift = max(int(mean / SMALL * 2).bit_length() - 1, 0) if mean > SMALL else 0
+    made = []
+    for more in (shift, shift + 1) if shift and len(values) <= SHORT else (shift,):
+        level = _level(2 * mean / (1 << more))
+        for number in range(len(PACES)) if len(values) <= SHORT else (1,):
+            head = bytes([more | trellis << 5, level | number << 6])
+            code = encode(values, (width, kernel, trellis, more, mean_of(level), PACES[number]))
+            made.append(varint(centre) + varint(width) + varint(kernel) + head + _sized(code))
+    return min(made, key=len)
+
+
+def _centre(symbols: Ints) -> int:
+    """The most frequent symbol; the median where none is frequent."""
+    if not len(symbols):
+        return 0
+    counts = np.bincount(symbols)
+    often = int(counts.argmax())
+    return often if counts[often] * 32 > len(symbols) else int(np.sort(symbols)[len(symbols) // 2])
+
+
+def _rows(count: int, widths: Sequence[int]) -> tuple[int, int]:
+    """The length of a row, and of a kernel in it."""
+    row = next((w for w in widths if 0 < w < count), max(count, 1))
+    return row, next((w for w in widths[1:] if 0 < w < row and row % w == 0), 1)
+
+
+def mean_of(level: int) -> int:
+    """The mean magnitude, in units of 1 / 256, that stands for a level from 0 to 63: eight levels to an octave."""
+    return 4 * (level if level < 16 else (8 + level % 8) << (level // 8 - 1))
+
+
+def _level(halves: float) -> int:
+    """The level of a mean magnitude that is given in halves of a step."""
+    return min(range(64), key=lambda level: abs(mean_of(level) - 128 * halves))
+
+
+def _sized(code: np.ndarray) -> bytes:
+    data = code.tobytes()
+    kept = data[: max(len(data) - 4, 0)] + data[-4:].rstrip(b"\0")  # what is not there reads as zero
+    return varint(len(kept)) + kept
+
+
+def context_mixing_decode(reader: Reader, count: int, size: int) -> Ints:
+    """`count` symbols below `size`.
+
+    Raises:
+        FormatError: the code is none that a writer makes.
+    """
+    from featherweight.coding.mixing_kernels import decode
+
+    centre, width, kernel = reader.varint(), reader.varint(), reader.varint()
+    first, second = reader.byte(), reader.byte()
+    data = reader.take(reader.varint())
+    shift, trellis = first & 31, first >> 5
+    rows = 0 < width < 1 << 48 and 0 < kernel <= width and width % kernel == 0
+    outside = data[:4] == b"\xff" * 4  # such a code lies beyond the first range, and would grow without end
+    if centre >= size or not rows or shift > 16 or trellis >= len(TRELLISES) or outside:
+        raise FormatError("the file is corrupt: the head of a context-mixing code is impossible")
+    code = np.frombuffer(data, dtype=np.uint8)
+    values, used = decode(code, count, (width, kernel, trellis, shift, mean_of(second & 63), PACES[second >> 6]))
+    symbols = values + centre
+    if used < len(data) or (count and not 0 <= int(symbols.min()) <= int(symbols.max()) < size):
+        raise FormatError("the file is corrupt: a context-mixing code goes on, or leaves its alphabet")
+    return np.asarray(symbols, dtype=np.int64)
