@@ -34,6 +34,7 @@ from featherweight.core.forms import bake
 from featherweight.core.task import Task
 from featherweight.errors import MissingNeed
 from featherweight.provenance import seed_everything
+from scenes import mask_task, segmenter
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Task]]] = {
     "bert_to_bilstm": (Sentences, token_task),
     "compact_rnn_sharing": (Sequences, sequence_task),
     "sequence_kd": (Writer, writing_task),
+    "structured_kd_seg": (lambda: segmenter(4), lambda: mask_task(32)),
 }
 
 

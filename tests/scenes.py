@@ -159,3 +159,20 @@ def detection_task(n: int) -> Task:
         return (batch["image"],), {}, batch
 
     return Task(train=parts[0], valid=parts[1], split=split, loss=detection_loss, metric=right)
+
+
+def segmenter(width: int, classes: int = 3) -> nn.Sequential:
+    """Scores of every pixel, the background's first."""
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 5, padding=4, dilation=2),
+        nn.ReLU(),
+        nn.Conv2d(2 * width, classes, 1),
+    )
+
+
+def mask_task(n: int) -> Task:
+    """Canvases of 24 x 24 with the class of every pixel; half as many again to validate on."""
+    parts = [Named(**canvases(count, side=24, seed=seed)) for seed, count in ((0, n), (1, n // 2))]
+    return Task(train=parts[0], valid=parts[1], split=looks_at("image", "mask"))
