@@ -271,6 +271,8 @@ REFUSALS = {
     ("structured_kd_seg", "dictionary"): "choose kd for this network",
     ("structured_kd_seg", "recurrent"): "choose kd for this network",
     ("structured_kd_seg", "regression"): "choose kd for this network",
+    ("face_neuron_selection", "regression"): "pass attributes=",
+    ("face_neuron_selection", "segmentation"): "pass attributes=",
     ("mimic_detection", "dictionary"): "choose one that takes vectors",
     ("mimic_detection", "recurrent"): "choose one that takes vectors",
     ("mimic_detection", "regression"): "choose one that takes vectors",
