@@ -1,7 +1,5 @@
 """The training loop: equal steps for every process, and the modes of the modules."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from conftest import small_cnn, small_task
+from featherweight.core import processes
 from featherweight.core.fit import _batches, fit
 from featherweight.core.forms import Mask, activation_form, attach
 from featherweight.core.task import Task
@@ -17,10 +16,13 @@ from featherweight.ingredients.grid.lsq import LearnedActivations
 
 
 def taken(batches, total, count):
-    return [
-        list(_batches(batches, total, SimpleNamespace(num_processes=count, process_index=i), None))
-        for i in range(count)
-    ]
+    found = []
+    for i in range(count):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(processes, "count", lambda: count)
+            patched.setattr(processes, "index", lambda i=i: i)
+            found.append(list(_batches(batches, total, None)))
+    return found
 
 
 @given(length=st.integers(1, 9), count=st.integers(1, 4), data=st.data())

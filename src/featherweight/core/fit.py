@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from featherweight.core import processes
 from featherweight.core.check import positive
 from featherweight.core.forms import Form, own_modules
 from featherweight.core.progress import track
@@ -61,6 +62,11 @@ def fit(
     A model in evaluation mode trains as a whole. In a model in training mode, modules in evaluation mode stay in it (a
     frozen batch norm keeps its statistics). Inside `featherweight.tracking` every step's loss terms are logged.
 
+    Of several processes (`accelerate launch`) each takes its part of the batches, and the gradients of all parameters,
+    those of `also` included, are averaged before `after_backward`: n processes with a batch size b train like one with
+    n b, where the loss is a mean over samples. Batch norms and losses that relate samples see the process's own batch.
+    All start from the main process's weights and generators, and end with the same network.
+
     Args:
         epochs: passes over the training data; a fraction trains on that part of a pass.
         lr: the learning rate at the start.
@@ -90,20 +96,26 @@ def fit(
     accelerator = Accelerator()
     step = step or task_loss(task)
     trained = [p for p in (params if params is not None else model.parameters()) if p.requires_grad]
-    wrapped, main = accelerator.prepare(model, make_optimizer(optimizer, trained, positive("lr", lr), _of_forms(model)))
-    others = [(accelerator.prepare(make_optimizer(optimizer, list(ps), lr)), other) for ps, other in also]
+    # gradients are averaged here: a wrapper that does it as they come knows the parameters of the model alone, and
+    # nothing of adapters and peers, of networks that run in part and of losses that differentiate twice
+    wrapped = accelerator.prepare_model(model, evaluation_mode=True)
+    main = accelerator.prepare(make_optimizer(optimizer, trained, positive("lr", lr), _of_forms(model)))
+    held = [(list(ps), other) for ps, other in also]
+    others = [(accelerator.prepare(make_optimizer(optimizer, ps, lr)), ps, other) for ps, other in held]
     factor = DECAYS.get(decay) if isinstance(decay, str) else decay
     if factor is None:
         raise unknown("decay", str(decay), DECAYS)
-    scales = [(group, group["lr"]) for opt in (main, *(o for o, _ in others)) for group in opt.param_groups]
+    scales = [(group, group["lr"]) for opt in (main, *(o for o, _, _ in others)) for group in opt.param_groups]
 
     batches_per_epoch = _length(task.train)
     total, losses = max(1, round(epochs * batches_per_epoch)), Losses()
     shares = Shares(label, total, _named(model, trained))
+    processes.same_network(model)
+    processes.same_tensors([*trained, *(p for ps, _ in held for p in ps)])
     wrapped.train()
     for module in frozen:
         module.training = False
-    for index, epoch, batch in track(_batches(task.train, total, accelerator, before_epoch), label, total):
+    for index, epoch, batch in track(_batches(task.train, total, before_epoch), label, total):
         progress = index / total
         for group, base in scales:
             group["lr"] = base * factor(progress)
@@ -113,12 +125,14 @@ def fit(
         losses.step({name: term.detach() for name, term in terms.items()}, epoch, scales[0][0]["lr"])
         main.zero_grad(set_to_none=True)
         accelerator.backward(loss)
+        processes.mean_gradients(trained)
         if after_backward is not None:
             after_backward(progress)
         main.step()
-        for other, other_step in others:
+        for other, ps, other_step in others:
             other.zero_grad(set_to_none=True)
             accelerator.backward(_total(other_step(wrapped, batch, progress)))
+            processes.mean_gradients(ps)
             other.step()
         if after_step is not None:
             after_step(progress)
@@ -126,6 +140,8 @@ def fit(
     shares.close()
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     main.zero_grad(set_to_none=True)
+    processes.settle(model)
+    processes.same_draws()
     return _put_back(model, was_training, modes)
 
 
@@ -173,7 +189,7 @@ def _length(batches: Iterable[Batch]) -> int:
 
 
 def _batches(
-    batches: Iterable[Batch], total: int, accelerator: Any, before_epoch: Callable[[int], None] | None
+    batches: Iterable[Batch], total: int, before_epoch: Callable[[int], None] | None
 ) -> Iterator[tuple[int, int, Batch]]:
     """`total` batches as (index, epoch, batch), over as many epochs as it takes.
 
@@ -183,8 +199,9 @@ def _batches(
     Raises:
         BadData: an epoch has too few batches for a single step, or the data can be gone through only once.
     """
-    count, mine, index = accelerator.num_processes, accelerator.process_index, 0
+    count, mine, index = processes.count(), processes.index(), 0
     for epoch in itertools.count():
+        processes.same_draws()  # so that data which shuffle come to all in one order
         if before_epoch is not None:
             before_epoch(epoch)
         position, held = -1, None

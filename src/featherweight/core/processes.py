@@ -57,6 +57,16 @@ def apart() -> Iterator[None]:
         _apart.reset(token)
 
 
+@contextmanager
+def shared() -> Iterator[None]:
+    """A block inside of `apart` in which all meet again: every process must come to it equally often."""
+    token = _apart.set(False)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
+
+
 def wait() -> None:
     """Until all are here."""
     if together():

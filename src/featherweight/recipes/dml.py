@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from featherweight.allowed import Amount, Count, Positive
 from featherweight.catalogue import recipe
+from featherweight.core import processes
 from featherweight.core.fit import Optimizers, Step
 from featherweight.core.ledger import note
 from featherweight.core.peers import fresh, predicted
@@ -31,6 +32,7 @@ def dml(
     cohort: Count = 2,
     weight: Amount = 1.0,
     update: Literal["alternating", "simultaneous"] = "alternating",
+    spread: Literal["batches", "networks"] = "batches",
     epochs: Amount = 10,
     lr: Positive = 1e-3,
     optimizer: Optimizers = None,
@@ -47,12 +49,16 @@ def dml(
         cohort: K, where peers are left out; 1 is plain training.
         weight: of the divergence.
         update: in turns, or all at once from the same predictions.
+        spread: what is divided among several processes (`accelerate launch`): each has all networks and its part of the
+            batches, or each of K processes has one network and all batches, and they send one another predictions
+            (then they move at once).
         epochs: passes over the training data.
         lr: learning rate.
         optimizer: as in `fit`.
 
     Raises:
-        BadOption: a peer is the model itself.
+        BadOption: a peer is the model itself; networks are spread over a number of processes that is not theirs, or
+            in turns.
     """
     others = list(peers) if peers is not None else [fresh(model) for _ in range(cohort - 1)]
     if any(peer is model for peer in others):
@@ -61,6 +67,13 @@ def dml(
         )
     note(f"{len(others) + 1} networks learn from one another, {update}; the first is kept")
     everyone = [model, *(peer.to(device_of(model)).train() for peer in others)]
+    if spread == "networks" and processes.count() > 1:
+        if processes.count() != len(everyone) or update == "alternating":
+            raise BadOption(
+                f"spread='networks' has {processes.count()} processes for {len(everyone)} networks that move {update}: "
+                "start one process a network, with update='simultaneous'"
+            )
+        return each_its_own(everyone, task, weight, epochs=epochs, lr=lr, optimizer=optimizer)
     if update == "simultaneous":
         every = [p for one in everyone for p in one.parameters()]
         return task.fit(
@@ -95,6 +108,34 @@ def at_once(everyone: Sequence[nn.Module], task: Task, weight: float) -> Step:
         return terms
 
     return step
+
+
+def each_its_own(
+    everyone: Sequence[nn.Module], task: Task, weight: float, *, epochs: float, lr: float, optimizer: Optimizers
+) -> nn.Module:
+    """Every process trains one network on all batches; all gather what the others predict, and get the first network.
+
+    Before every epoch all draw alike again, so that the data come to all in one order.
+    """
+    mine = processes.index()
+    for i, one in enumerate(everyone):
+        processes.same_network(one, source=i)
+
+    def step(model: nn.Module, batch: Batch, progress: float) -> dict[str, Tensor]:
+        output, target = run(model, task, batch)
+        with processes.shared():
+            said = processes.gathered(prediction(output))
+        return mutual(task, output, target, [one for i, one in enumerate(said) if i != mine], weight, batch)
+
+    def before(epoch: int) -> None:
+        with processes.shared():
+            processes.same_draws()
+
+    with processes.apart():
+        task.fit(everyone[mine], task, epochs=epochs, lr=lr, optimizer=optimizer, step=step, before_epoch=before)
+    processes.same_network(everyone[0], source=0)
+    processes.same_draws()
+    return everyone[0]
 
 
 def mutual(
