@@ -1,5 +1,6 @@
 """Several processes train like one: with the batch of all, or with what belongs to each."""
 
+import json
 import os
 import socket
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -126,3 +128,48 @@ def of_one_process(folder: str) -> None:
     made["mean"] = [float(w.grad) for w in weights[:2]]
     torch.save(made, Path(folder) / f"{processes.index()}.pt")
     torch.distributed.destroy_process_group()
+
+
+OWN = f"{HERE / 'conftest.py'}:"
+CHAIN = ["--method", "magnitude_iterative:sparsity=0.5,rounds=1,epochs=1", "--method", "kd:epochs=1,teacher_cache="]
+
+
+@pytest.mark.slow
+def test_the_command_line_under_the_launcher_writes_once_and_resumes(tmp_path):
+    """Every process comes to the end, one of them has written and spoken, and the result verifies."""
+    call = ["compress", OWN + "small_mlp", "--data", OWN + "small_task", "--train", "1", "--seed", "3"]
+    call += [
+        *CHAIN[:3],
+        CHAIN[3] + str(tmp_path / "teacher"),
+        "--until",
+        "latency<=0.001x",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    call += ["--teacher", "original"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "2",
+        "--cpu",
+        "-m",
+        "featherweight.cli",
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    for more in ([], ["--resume"]):
+        made = subprocess.run(
+            [*launch, *call, *more], capture_output=True, text=True, timeout=400, env=env, check=False
+        )
+        assert "the budget was not reached (latency" in made.stderr, made.stderr
+        assert made.stdout.count("written to") == 1, made.stdout
+        report = json.loads((tmp_path / "run/report.json").read_text())
+        assert [stage["method"] for stage in report["stages"]] == ["magnitude_iterative", "kd"]
+        assert ("resuming after 2 of 2 methods" in made.stderr) is bool(more)
+    assert not list((tmp_path / "run").glob(".tmp*"))
+    verified = subprocess.run(
+        [sys.executable, "-m", "featherweight.cli", "verify", str(tmp_path / "run")],
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert verified.returncode == 0, verified.stderr

@@ -75,9 +75,11 @@ def run(recipe: Path, quiet: bool, **flags: Any) -> None:
 
 def _run(recipe: Path | None, flags: dict[str, Any], quiet: bool) -> None:
     from featherweight import commands
+    from featherweight.core import processes
 
     result, out = commands.run(recipe, flags, show=not quiet)
-    commands.show_ledger(result.report, out)
+    if processes.is_main():
+        commands.show_ledger(result.report, out)
     if not result.reached:
         raise FeatherweightError(
             f"the budget was not reached ({'; '.join(result.report['budget']['binds'])}): the nearest result is in "

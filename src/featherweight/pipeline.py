@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from featherweight import report as pages
 from featherweight.catalogue import Entry
 from featherweight.checkpoint import Checkpoints
 from featherweight.coding import SaveReport, load, save
-from featherweight.core import ledger, measuring, progress, tracking
+from featherweight.core import ledger, measuring, processes, progress, tracking
 from featherweight.core.agree import answer, compared
 from featherweight.core.cost import cost
 from featherweight.core.digests import digest, fingerprint, raw
@@ -131,6 +132,9 @@ def compress(
 ) -> Result:
     """Chains methods until the budget holds and measures the result. The caller's model is never changed.
 
+    Of several processes (`accelerate launch`) all train together, see `fit`; the main one alone measures sizes and
+    times and writes files, into a folder that the others can read, and all get its report.
+
     Args:
         model: the trained network; it is also the teacher of methods that want one, unless the task names another.
         task: data, loss and metric.
@@ -173,8 +177,8 @@ def compress(
     logs = tracker_dir if tracker_dir is not None or out is None else Path(out) / "tracking"
     with within("tracker"):
         trackers = None if tracker is None else tracking.check_tracker(tracker, logs)
-    with progress.showing(show), threads_of(threads):
-        if trackers and out is not None:
+    with progress.showing(show and processes.is_main()), threads_of(threads):
+        if trackers and out is not None and processes.is_main():
             prepare(Path(out))  # before anything is logged there
         session = _Session(
             model,
@@ -363,24 +367,26 @@ class _Session:
         started = time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch:
             self.scratch = Path(scratch)
-            folder = self.scratch if out is None else prepare(out)
+            folder = processes.main_only(lambda: self.scratch if out is None else prepare(out))
             self.checkpoints = Checkpoints(folder / "stages", self.keys())
             progress.say("measuring the original")
             start = time.perf_counter()
-            self.before = evaluate(self.original, self.task, "valid", "evaluate the original")
+            self.before = processes.from_main(evaluate(self.original, self.task, "valid", "evaluate the original"))
             self.evaluation_seconds = time.perf_counter() - start
             self.remarks = examine(self.template, self.inputs)
             for remark in self.remarks:
                 progress.say(f"note: {remark}")
             if self.strict and self.guards and self.before.per_sample is None:
                 raise BadOption(f"strict needs an interval, and {self.before.name} has none: give it per_sample=...")
-            self.base = self._figures(self.original, raw_bytes(self.original))
+            self.base = processes.main_only(lambda: self._figures(self.original, raw_bytes(self.original)))
             state = self._resumed(resume)
             while len(state.stages) < len(self.chain) and not state.done:
                 state = self._stage(state, len(state.stages))
                 record = {"stages": state.stages, "done": state.done, "base": self.base, "step": tracking.step()}
-                self.checkpoints.store(len(state.stages) - 1, state.model, record)
-            return self._finish(state, folder, started)
+                processes.main_only(partial(self.checkpoints.store, len(state.stages) - 1, state.model, record))
+            final = bake(self._model(state, self._nearest(state.stages))).eval()
+            report = processes.main_only(lambda: self._finish(state, final, folder, started))
+            return Result(final, report, self.inputs)
 
     def _nearest(self, stages: list[dict[str, Any]]) -> int | None:
         """The place of the stage to hand back: the last that was kept or, with a budget, the nearest to it."""
@@ -408,8 +414,9 @@ class _Session:
                 raise CompressionError(f"{entry.id} changed nothing" + (f" ({skipped})" if skipped else ""))
             seconds = time.perf_counter() - started
             baked = bake(copy.deepcopy(candidate))
-            after = evaluate(baked, self.task, "valid", f"evaluate {entry.id}")
-            reached = self._figures(baked, self._save(baked, self.checkpoints.file(index, "fw"), after.value).bytes)
+            after = processes.from_main(evaluate(baked, self.task, "valid", f"evaluate {entry.id}"))
+            file = self.checkpoints.file(index, "fw")
+            reached = processes.main_only(lambda: self._figures(baked, self._save(baked, file, after.value).bytes))
         reached["drop"] = 100 * drop(self.before, after)
         record = {
             "method": entry.id,
@@ -570,8 +577,9 @@ class _Session:
 
     def _resumed(self, resume: bool) -> _State:
         found = self.checkpoints.latest(self._fresh) if resume else None
+        processes.wait()  # until all have looked
         if found is None:
-            self.checkpoints.clear()
+            processes.main_only(self.checkpoints.clear)
             return _State(self._fresh(), [])
         index, model, record = found
         progress.say(f"resuming after {index + 1} of {len(self.chain)} methods")
@@ -584,11 +592,10 @@ class _Session:
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
-    def _finish(self, state: _State, folder: Path, started: float) -> Result:
+    def _finish(self, state: _State, final: nn.Module, folder: Path, started: float) -> dict[str, Any]:
         """Writes the files beside those of an earlier run, reads them back, measures what was read, replaces them."""
         nearest = self._nearest(state.stages)
         accepted = None if nearest is None else state.stages[nearest]
-        final = bake(self._model(state, nearest)).eval()
         split = "test" if self.task.test is not None and self.task.evaluate is None else "valid"
         report = {**self.header(), **self._verdict(state.stages, accepted), "split": split, "remarks": self.remarks}
         valid = self.before.value if accepted is None else accepted["metric"]
@@ -613,10 +620,9 @@ class _Session:
             self._measured(report, final, saved, files)
         report["seconds"] = time.perf_counter() - started
         write_json(fresh / "report.json", report)
-        result = Result(final, report, self.inputs)
-        result.report_html(fresh / "report.html")
+        pages.write(pages.page(report), fresh / "report.html")
         take_over(fresh, folder)
-        return result
+        return report
 
     def _opened(self, saved: SaveReport, reloaded: nn.Module, path: Path) -> dict[str, Any]:
         """Whether the file opens without the model's class, and how far what it then computes is from the model."""

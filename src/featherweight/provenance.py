@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -43,8 +44,14 @@ def identity(value: Any) -> Any:
     code = getattr(inspect.unwrap(value), "__code__", None)
     if code is None:
         return catalogue.plain(value)
-    made = hashlib.sha256(code.co_code + repr(code.co_consts).encode()).hexdigest()
-    return [getattr(value, "__module__", ""), value.__qualname__, made]
+    return [getattr(value, "__module__", ""), value.__qualname__, hashlib.sha256(_told(code)).hexdigest()]
+
+
+def _told(part: Any) -> bytes:
+    """Code and its constants as bytes, the same in every process: not where they lie in memory, sets in one order."""
+    if isinstance(part, CodeType):
+        return b"\0".join([part.co_code, repr(part.co_names).encode(), *map(_told, part.co_consts)])
+    return repr(sorted(map(repr, part)) if isinstance(part, frozenset) else part).encode()
 
 
 def raw_bytes(model: nn.Module) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from featherweight import catalogue, outputs, pipeline, provenance, recipe_text, sources
-from featherweight.core import progress
+from featherweight.core import processes, progress
 from featherweight.core.task import Task
 from featherweight.errors import BadOption, BadRecipe, FeatherweightError, within
 from featherweight.recipe_model import Recipe, Settings, Step, problems
@@ -53,13 +53,13 @@ def run(
     over = {**settings, **{name: value for name, value in words.items() if value is not None and name not in held}}
     given = {*held, *(["data"] if task is not None else [])}
     asked, marks = load(recipe, over, given)
-    with progress.showing(show), marks.located(flags=frozenset(over)):
+    with progress.showing(show and processes.is_main()), marks.located(flags=frozenset(over)):
         result = _carried_out(asked, held, task, show)
     # with its sources, so that `verify` and `bench` can build the network again
     told = {**asked.dump(given), "seed": asked.seed, "threads": result.report["environment"]["torch_threads"]}
     needs = sorted("task" if name == "data" else name for name in given)
     result.report["reproduce"] = {"recipe": told, "needs": needs, "why": ""}
-    if asked.out is not None:
+    if asked.out is not None and processes.is_main():
         outputs.write_json(Path(asked.out) / "report.json", result.report)
         result.report_html(Path(asked.out) / "report.html")
     return result
@@ -155,7 +155,7 @@ def _carried_out(asked: Recipe, held: Mapping[str, nn.Module], task: Task | None
     with progress.showing(False):  # what there is to say, `compress` says
         pipeline.check(model, task, chain, student=student)
     if out is not None:
-        outputs.prepare(out)
+        processes.main_only(partial(outputs.prepare, out))
     torch.set_rng_state(made)  # training goes on from where building the network ended, whatever was looked at since
     if "model" not in held:
         with provenance.threads_of(asked.threads):
@@ -191,7 +191,7 @@ def _train(model: nn.Module, asked: Recipe, task: Task, out: Path | None) -> Non
     epochs = asked.train if asked.train is not None else TRAIN_EPOCHS if untrained else 0
     kept = None if out is None else out / "original.safetensors"
     if epochs == 0:
-        if kept is not None:
+        if kept is not None and processes.is_main():
             kept.unlink(missing_ok=True)  # of an earlier run that trained
         return
     threads = asked.threads if asked.threads is not None else torch.get_num_threads()
@@ -203,4 +203,4 @@ def _train(model: nn.Module, asked: Recipe, task: Task, out: Path | None) -> Non
     progress.say(f"training {asked.model} for {epochs} epochs first")
     task.fit(model, task, epochs=epochs, lr=TRAIN_LR, label="train")
     if kept is not None:
-        sources.save_weights(model, kept, made)
+        processes.main_only(partial(sources.save_weights, model, kept, made))

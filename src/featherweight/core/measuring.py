@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from featherweight.core import processes
 from featherweight.errors import MissingNeed
 
 
@@ -46,13 +47,15 @@ def timing(stopwatch: Stopwatch) -> Iterator[None]:
 def latency(original: nn.Module, result: nn.Module, example_inputs: Any) -> Timed:
     """The latency of both, interleaved, at batch 1 on one thread unless whoever runs the method says otherwise.
 
+    Of several processes the main one times, and all go by that.
+
     Raises:
         MissingNeed: nobody times here.
     """
     stopwatch = _stopwatch.get()
     if stopwatch is None:
         raise MissingNeed("this method times networks: run it by compress, or inside core.measuring.timing(stopwatch)")
-    return stopwatch(original, result, example_inputs)
+    return processes.main_only(lambda: stopwatch(original, result, example_inputs))
 
 
 def interleaved(

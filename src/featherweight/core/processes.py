@@ -6,10 +6,10 @@ One process alone is the ordinary case: it is the main one, means are its own va
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from featherweight.core.draws import drawn, redraw
+from featherweight.errors import CompressionError
 
 T = TypeVar("T")
 
@@ -80,6 +81,24 @@ def from_main(value: T) -> T:
     held = [value]
     dist.broadcast_object_list(held, src=0)
     return held[0]
+
+
+def main_only(work: Callable[[], T]) -> T:
+    """What the main process alone does; the others wait for it, get what it returns, and fail if it failed."""
+    if not together():
+        return work()
+    made: Any = None
+    try:
+        if is_main():
+            with apart():
+                made = (work(), None)
+    except Exception as error:
+        from_main((None, f"{type(error).__name__}: {error}"))
+        raise
+    value, failed = from_main(made)
+    if failed is not None:
+        raise CompressionError(f"the main process failed: {failed}")
+    return value
 
 
 def same_draws() -> None:
