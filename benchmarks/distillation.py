@@ -171,6 +171,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "labels + locality, 1e-4": locality_arm("teacher", 1e-4),
             "labels + locality, 1e-2": locality_arm("teacher", 1e-2),
             "locality alone, 1e-4": locality_arm("teacher", 1e-4, labels=0.0),
+            "locality alone, 1e-2": locality_arm("teacher", 1e-2, labels=0.0),
             "locality alone, batch_std": locality_arm("teacher", 0.1, "batch_std", labels=0.0),
         },
         6,
