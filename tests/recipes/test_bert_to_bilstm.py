@@ -195,6 +195,24 @@ def test_pairs_change_in_turn():
     assert [bool((one == 1).all()) for one in second] == [False, False, True, True]
 
 
+def test_words_change_as_the_options_say():
+    data = []
+
+    def keep(model, task, **options):
+        data.append(task.train.parts[0][96:])
+        return model
+
+    given = token_task()
+    task, classes = replace(given, teacher=Sentences(72), fit=keep), [word % 4 for word in range(72)]
+    words = {"pad_token": 70, "mask_token": 71, "copies": 1, "mask": 0.0, "swap": 0.0, "ngram": 0.0}
+    for how in ({"swap": 1.0, "word_classes": classes}, {"ngram": 1.0, "longest": 2}):
+        entry("bert_to_bilstm")(Sentences(72), task, **{**words, **how})
+    swapped, cut = data
+    assert torch.equal(swapped % 4, given.train.x % 4)
+    assert float((swapped == given.train.x).float().mean()) < 0.3
+    assert set((cut != 70).sum(1).tolist()) == {1, 2}
+
+
 def test_bad_input():
     task = replace(token_task(), teacher=Sentences())
     run = entry("bert_to_bilstm")

@@ -103,6 +103,7 @@ def test_stages_have_the_labels_features_and_then_outputs():
     ]
     adapters = [[tuple(p.shape) for p in params[len(list(student.parameters())) :]] for _, params in steps]
     assert adapters == [[(24, 16, 1, 1)]] * 2
+    assert steps[0][1][-1] is steps[1][1][-1], "the second stage goes on with the adapter of the first"
     with torch.no_grad():
         student.eval()
         terms, ours, theirs = steps[1][0](student, batch, 0.0), student(batch["image"]), teacher(batch["image"])
@@ -150,6 +151,10 @@ def test_bad_input():
             entry("mimic_detection")(small_cnn(), task, regions=lambda output, batch, boxes=boxes: boxes, epochs=1)
     with pytest.raises(BadOption, match="both must detect the same"):
         entry("mimic_detection")(small_cnn(5), task, epochs=0, output_epochs=1)
+    pixels = [{"boxes": torch.tensor([[2.0, 2.0, 6.0, 6.0]])}] * 4
+    listed = replace(task, train=[(torch.randn(4, 1, 8, 8), pixels)], loss=lambda output, target: output.sum())
+    with pytest.raises(BadData, match="boxes reach 6, expected left, top, right, bottom as fractions"):
+        entry("mimic_detection")(small_cnn(), listed, epochs=1)
     vectors = replace(task, teacher=nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 4)))
     with pytest.raises(BadOption, match="has no feature maps"):
         entry("mimic_detection")(small_cnn(), vectors, epochs=1)

@@ -120,6 +120,10 @@ def test_bad_input():
     for weights, said in (([1.0], "one number for each"), ([0.0, 0.0], "at least 0"), ([2.0, -1.0], "at least 0")):
         with pytest.raises(BadOption, match=said):
             run(small_mlp(), task, weights=weights)
+    with pytest.raises(BadOption, match="for 1 teachers: pass one number for each"):
+        run(small_mlp(), small_task(teacher=small_cnn()), weights=[1.0, 2.0])
+    with pytest.raises(BadOption, match="nothing to learn from"):
+        run(small_mlp(), task, labels=0, alpha=0)
     with pytest.raises(BadOption, match="is an error"):
         run(small_mlp(), replace(task, metric=Metric("error", per_sample=lambda o, t: t, higher_is_better=False)))
     with pytest.raises(BadOption, match="same classes"):

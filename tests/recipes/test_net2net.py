@@ -14,6 +14,7 @@ from featherweight.core.forms import Mask, attach, bake
 from featherweight.core.task import Task, evaluate
 from featherweight.core.widening import again, spread, widen_channels
 from featherweight.errors import BadData, BadOption, CompressionError
+from featherweight.recipes.net2net import draw
 
 
 class Residual(nn.Module):
@@ -131,6 +132,21 @@ def test_inserted_layers_are_identities_with_norms_that_undo_themselves(trained)
         seen = host.eval()(model[0](x)).relu()
     assert torch.allclose(norm.running_mean, seen.mean((0, 2, 3)), atol=1e-5)
     assert torch.allclose(norm.running_var, seen.var((0, 2, 3), correction=0), atol=1e-4)
+
+
+def test_originals_of_copies_are_drawn_at_random_with_replacement():
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4))
+    channels = channel_groups(model, torch.zeros(2, 8))
+    more = torch.stack([draw(channels, channels.outputs["0"], 1.5)[channels.outputs["0"]] - 1 for _ in range(100)])
+    assert more.sum(1).eq(32).all()
+    assert int(more.max()) > 1
+    assert 20 < int(more.sum(0).min()) <= int(more.sum(0).max()) < 85, "50 each, plus or minus five deviations"
+
+
+def test_only_chosen_layers_grow(trained):
+    new, _ = grown(trained[0], where="3")
+    layers = {name: len(m.weight) for name, m in new.named_modules() if isinstance(m, nn.Conv2d)}
+    assert layers == {"0": 8, "3": 24, "4.2": 24}
 
 
 def test_noise_moves_copies_alone_and_training_tells_them_apart():

@@ -238,6 +238,26 @@ def test_the_stages_follow_one_another_and_the_teacher_stays_as_it_was():
     assert teacher.training
 
 
+@pytest.mark.parametrize("penalty", [0.0, 2.0])
+def test_each_stage_learns_the_sequences_that_it_says(penalty):
+    teacher, stages = Table(1.5), {}
+    beams = search(teacher, 5, penalty)[0]
+    gold = F.pad(beams[:, 2], (0, 1))  # what the teacher writes third: it is itself the nearest
+
+    def keep(model, task, **options):
+        ((_, _, labels),) = task.train
+        stages[options["label"]] = [tuple(w for w in row if w != IGNORED) for row in labels.tolist()]
+        return model
+
+    task = given(gold, teacher=teacher, fit=keep)
+    for targets in ("interpolation", "beam", "gold"):
+        entry("sequence_kd")(Table(0.1), task, targets=targets, longest=LENGTH, penalty=penalty)
+    first, third = stripped(beams[:, 0]), stripped(beams[:, 2])
+    assert stages == {"Seq-KD": first, "interpolation": third, "beam": first, "gold": third}
+    assert first != third
+    assert first != stripped(search(teacher, 5, 2.0 - penalty)[0][:, 0])
+
+
 @pytest.mark.filterwarnings("ignore")  # transformers warns of its own deprecations
 def test_transformers_write_what_their_own_search_writes():
     import transformers
@@ -282,6 +302,8 @@ def test_bad_input():
         run(Writer(), bare)
     with pytest.raises(BadOption, match="scores 12 words, and 12 is none of them"):
         run(Writer(), task, end_token=12)
+    with pytest.raises(BadOption, match="never learn to end"):
+        run(Writer(), task, end_token=2, pad_token=2)
     with pytest.raises(BadOption, match="both must score the same words"):
         run(Writer(13), task, epochs=0, targets="gold")
     with pytest.raises(BadData, match="the training data are empty"):

@@ -16,7 +16,9 @@ from featherweight.core.ledger import note
 from featherweight.core.surgery import Layer
 from featherweight.core.task import Task, first
 from featherweight.core.taught import teacher_of
-from featherweight.distill import Term, learn
+from featherweight.distill import Adapter, Term, learn
+from featherweight.errors import BadData
+from featherweight.ingredients.adapter.one_by_one_match import one_by_one_match
 from featherweight.ingredients.match.region_features import Regions, region_features, region_outputs
 
 
@@ -64,28 +66,54 @@ def mimic_detection(
         output_epochs: passes of stage 2.
         lr: learning rate of each stage.
         optimizer: as in `fit`.
+
+    Raises:
+        BadData: the labels' boxes are no fractions of the image; or regions are no boxes.
+        BadOption: the networks have no maps, or put out unequally many channels.
     """
     teacher = teacher_of(model, task)
     batch = first(task.train or (), "training")
     if guided is None or hint is None:
         ours, theirs = matched(model, teacher, task, batch, "top")[0]
         guided, hint = guided or ours, hint or theirs
-    found = regions or labelled(task, batch)
+    found, adapter = regions or labelled(task, batch), lasting()
     note(f"the student's layer {guided} mimics the teacher's layer {hint} in {told(regions, found)}")
     terms = {"regions": Term(partial(region_features, regions=found, count=proposals), weight, [(guided, hint)])}
-    learn(model, task, terms, epochs=epochs, lr=lr, optimizer=optimizer)
+    learn(model, task, terms, adapter=adapter, epochs=epochs, lr=lr, optimizer=optimizer)
     if output_epochs:
         terms["outputs"] = Term(partial(region_outputs, regions=found, count=proposals), output_weight)
-        learn(model, task, terms, epochs=output_epochs, lr=lr, optimizer=optimizer)
+        learn(model, task, terms, adapter=adapter, epochs=output_epochs, lr=lr, optimizer=optimizer)
     return model
 
 
+def lasting() -> Adapter:
+    """One 1x1 convolution for both stages: the second goes on with the one that the first has trained."""
+    made: list[nn.Module] = []
+
+    def adapter(ours: Tensor, theirs: Tensor) -> nn.Module:
+        made.extend([] if made else [one_by_one_match(ours, theirs)])
+        return made[0]
+
+    return adapter
+
+
 def labelled(task: Task, batch: Any) -> Regions | None:
-    """Takes the boxes of the labels, a mapping or one for each image; None where they have none."""
+    """Takes the boxes of the labels, a mapping or one for each image; None where they have none.
+
+    Raises:
+        BadData: they are pixels, when it is asked.
+    """
 
     def boxes(output: Tensor, batch: Any) -> Any:
         target = task.split(batch)[2]
-        return target["boxes"] if isinstance(target, Mapping) else [one["boxes"] for one in target]
+        found = target["boxes"] if isinstance(target, Mapping) else [one["boxes"] for one in target]
+        far = max((float(one.max()) for one in found if one.numel()), default=0.0)
+        if far > 2:  # what augmentation pushes over the edge stays below
+            raise BadData(
+                f"the labels' boxes reach {far:.4g}, expected left, top, right, bottom as fractions of the image: "
+                "pass regions=, which divides pixels by its sides"
+            )
+        return found
 
     target = task.split(batch)[2]
     several = target if isinstance(target, (list, tuple)) else [target]

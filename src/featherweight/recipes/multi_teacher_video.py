@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,18 @@ from featherweight.ingredients.match.feature_distance import feature_distance
 from featherweight.ingredients.match.softened import softened
 
 
+def learns(options: Mapping[str, Any]) -> None:
+    """Refuses a loss without terms."""
+    if not any(options[name] for name in ("labels", "alpha", "hints")):
+        raise BadOption("labels=0, alpha=0 and hints=0 leave nothing to learn from: raise one of them")
+
+
 @recipe(
     paper="Wu, Chiu and Wu, ICASSP 2019",
     family="distill",
     needs={"labels", "train", "teacher"},
     small={"epochs": 1},
+    rules=(learns,),
 )
 def multi_teacher_video(
     model: nn.Module,
@@ -70,7 +77,8 @@ def multi_teacher_video(
         optimizer: as in `fit`.
 
     Raises:
-        BadOption: weights that are negative, all 0, or not one for each teacher; a metric that is an error.
+        BadOption: weights that are negative, all 0, or not one for each teacher; a metric that is an error; nothing to
+            learn from.
     """
     members = members_of(teacher_of(model, task))
     shares = normalised(members, task, weights)
@@ -90,7 +98,7 @@ def normalised(members: Sequence[nn.Module], task: Task, weights: str | Sequence
     Raises:
         BadOption: as the method.
     """
-    if len(members) == 1 or weights == "equal":
+    if weights == "equal" or (len(members) == 1 and isinstance(weights, str)):
         return torch.full((len(members),), 1 / len(members))
     if weights == "metric" and not task.metric.higher_is_better:
         raise BadOption(f"the metric {task.metric.name} is an error, no weight: pass weights=equal, or numbers")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
@@ -68,11 +68,21 @@ class InMemory:
             yield one.args, one.kwargs, one.labels
 
 
+def tells_ends(options: Mapping[str, Any]) -> None:
+    """Refuses one word that ends and pads: padding is not learned, so no sequence would ever end."""
+    if options["end_token"] == options["pad_token"]:
+        raise BadOption(
+            f"end_token and pad_token are both {options['end_token']}: padding does not count, so the student would "
+            "never learn to end; pass another pad_token, and pad the labels with it or with -100"
+        )
+
+
 @recipe(
     paper="Kim and Rush, EMNLP 2016, arXiv:1606.07947",
     family="distill",
     needs={"train", "teacher"},
     small={"beams": 2, "epochs": 2, "finetune": 1},
+    rules=(tells_ends,),
 )
 def sequence_kd(
     model: nn.Module,
@@ -121,7 +131,7 @@ def sequence_kd(
 
     Raises:
         BadData: the batches or what the networks put out are not as above.
-        BadOption: teacher and student score other words; or end_token or pad_token is none of them.
+        BadOption: teacher and student score other words; or end_token or pad_token is none of them, or they are one.
         MissingNeed: the targets need labels, and there are none.
     """
     teacher = teacher_of(model, task)
