@@ -283,7 +283,7 @@ KNOTS = (*LOWER, 1 << 15, *((1 << 16) - k for k in LOWER[:0:-1]), 65514)
 SQUASH = [(KNOTS[x >> 7] * (128 - x % 128) + KNOTS[(x >> 7) + 1] * (x % 128)) >> 7 for x in range(4096)]
 STRETCH = [max(min(bisect_left(SQUASH, 16 * q + 8), 4095) - 2048, -2047) for q in range(4096)]
 LOGS = (-1242, -1065, -887, -783, -710, -653, -606, -566, -532, -502, -475, -451, -429, -408, -389, -371)
-NEXT = (["00"], ["02", "20", "13", "31"], ["02", "75", "13", "64", "20", "57", "31", "46"])
+NEXT = (["00"], ["01", "23", "10", "32"], ["02", "75", "13", "64", "20", "57", "31", "46"])
 
 
 def lim(x: int, bound: int) -> int:
@@ -381,7 +381,7 @@ def mixed(source: Bytes, count: int, size: int) -> list[int]:
             one, two, far, up, higher = (1 + int(np.sign(out[i - d])) if fits else 1 for d, fits in steps)
             signs = [3 * one + two, 3 * far + up, 3 * up + higher, 3 * one + up, 9 * one + 3 * far + up, 0]
             value = -value if mixture.bit(15, signs, [0] * 6, 0, 0, 0) else value
-        out.append(value)
+        out.append(2 * value - odd * int(np.sign(value)) if first >> 5 else value)
         sizes.append(min((2 * abs(value) - (odd if value else 0)) >> shift, 1 << 20))
         grown = 128 * sizes[-1]
         for key in ("all", "row", ("column", x), ("input", which), ("place", place)):

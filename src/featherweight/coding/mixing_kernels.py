@@ -35,7 +35,7 @@ LOGS = (-1242, -1065, -887, -783, -710, -653, -606, -566, -532, -502, -475, -451
 STATES = np.array(
     [
         [[0, 0]] * 8,
-        [[0, 2], [2, 0], [1, 3], [3, 1], *[[0, 0]] * 4],
+        [[0, 1], [2, 3], [1, 0], [3, 2], *[[0, 0]] * 4],
         [[0, 2], [7, 5], [1, 3], [6, 4], [2, 0], [5, 7], [3, 1], [4, 6]],
     ],
     dtype=np.int64,
@@ -213,6 +213,8 @@ def _note(seen: Any, i: int, value: int, width: int, kernel: int, trellis: int, 
     odd = state & 1
     size = min((2 * abs(value) - (odd if value != 0 else 0)) >> shift, LARGEST)
     seen.values[i], seen.sizes[i] = value, size
+    if trellis:
+        seen.values[i] = 2 * value - odd * np.sign(value)
     size *= 128
     seen.columns[column + 1] += size
     seen.inputs[column // kernel] += size
@@ -229,12 +231,26 @@ def _lift(bin: int, odd: int) -> int:
     return 102 + 179 * odd if bin == 0 else -90
 
 
+@njit(cache=True)
+def levels(whole: Ints, trellis: int) -> Any:
+    """The levels of a trellis whose points are `whole`, and whether it has such points at all."""
+    found, state = np.zeros(len(whole), dtype=np.int64), 0
+    for i in range(len(whole)):
+        odd, size = state & 1, abs(whole[i])
+        if size and (size & 1) != odd:
+            return found, False
+        level = (size + odd) >> 1
+        found[i] = level if whole[i] > 0 else -level
+        state = STATES[trellis, state, level & 1]
+    return found, True
+
+
 # --- the two directions -----------------------------------------------------------------------------------------------
 
 
 @njit(cache=True, nogil=True)
 def encode(values: Ints, head: Any) -> Any:
-    """The bytes of signed values (the centre is 0).
+    """The bytes of signed values (the centre is 0), or of the levels of a trellis.
 
     Args:
         head: width of a row, length of a kernel, number of the trellis, shift, mean size, pace.
@@ -293,8 +309,8 @@ def _put_escape(mixer: Any, coder: Any, out: Any, value: int, pace: int) -> None
 
 @njit(cache=True, nogil=True)
 def decode(data: Any, count: int, head: Any) -> Any:
-    """`count` signed values, and how many bytes were looked at; -1 where an escape is longer than any
-    symbol, or the bytes end too early."""
+    """`count` signed values (the points of a trellis), and how many bytes were looked at; -1 where an escape is
+    longer than any symbol, or the bytes end too early."""
     width, kernel, trellis, shift, mean, pace = head
     mixer, seen = fresh(), unseen(count, width, kernel, mean)
     coder = np.array([0, 0xFFFFFFFF, 0], dtype=np.int64)

@@ -179,9 +179,17 @@ def _ascending(values: Tensor) -> Ints:
 
 
 def _finish(
-    tensor: Tensor, layout: int, side: bytes, symbols: Ints, size: int, coders: tuple[int, ...], tail: bytes = b""
+    tensor: Tensor,
+    layout: int,
+    side: bytes,
+    symbols: Ints,
+    size: int,
+    coders: tuple[int, ...],
+    tail: bytes = b"",
+    *,
+    zero: int | None = None,
 ) -> Stored:
-    stream = pack_symbols(symbols, size, coders, _widths(tensor))
+    stream = pack_symbols(symbols, size, coders, _widths(tensor), zero)
     total = len(side) + len(stream) + len(tail)
     row = account(_of(tensor), layout, described(stream, size), total, len(side) + len(tail))
     return Stored(side + stream + tail, counted(row, [counts(symbols, size)], size))
@@ -206,7 +214,7 @@ def _affine(tensor: Tensor, symbols: Tensor, rule: Affine, decoded: Tensor, code
         + store(scale, None, (FIXED,)).data
         + store(zero, None, (FIXED,)).data
     )
-    return _finish(tensor, AFFINE, side, integers.long().numpy() - low, high - low + 1, coders, signs)
+    return _finish(tensor, AFFINE, side, integers.long().numpy() - low, high - low + 1, coders, signs, zero=-low)
 
 
 def _product(tensor: Tensor, symbols: Tensor, rule: Product, decoded: Tensor, coders: tuple[int, ...]) -> Stored | None:

@@ -95,14 +95,18 @@ def allowed(coder: str | None) -> tuple[int, ...]:
 
 
 def pack_symbols(
-    symbols: Ints, size: int, coders: tuple[int, ...] = ALLOWED[None], widths: Sequence[int] = (), states: int = 0
+    symbols: Ints,
+    size: int,
+    coders: tuple[int, ...] = ALLOWED[None],
+    widths: Sequence[int] = (),
+    zero: int | None = None,
 ) -> bytes:
     """The shortest of all layouts and coders for symbols in 0..size-1, at the sizes that their counts foretell.
 
     Args:
         widths: lengths of the rows in which the symbols stand, where neighbours tell something of each other: only then
             are the adaptive coders tried, which have no size that counts foretell.
-        states: of the trellis whose levels the symbols are.
+        zero: the symbol that stands for zero, on an integer grid.
     """
     made = [_pack_static(symbols, size, tuple(c for c in coders if c not in (CONTEXT, MIXING)))]
     if not widths or size <= 1 or size > WIDEST or len(symbols) < FEWEST:
@@ -110,7 +114,7 @@ def pack_symbols(
     if CONTEXT in coders:
         made.append(bytes([DENSE | CONTEXT << 2]) + deepcabac(symbols, size, widths))
     if MIXING in coders:
-        made.append(bytes([DENSE | MIXING << 2]) + context_mixing(symbols, size, widths, states))
+        made.append(bytes([DENSE | MIXING << 2]) + context_mixing(symbols, size, widths, zero))
     return min(made, key=len)
 
 

@@ -12,6 +12,7 @@ from featherweight.errors import FormatError
 
 PACES = (2, 4, 7, 14)  # how fast the weights of the mixer learn
 SHORT = 1 << 14  # symbols up to which every pace is tried
+FEWEST = 32  # symbols from which a trellis is looked for
 SMALL = 8  # mean magnitude up to which every bit of a symbol is modelled
 TRELLISES = (0, 4, 8)  # states of the quantizer, by their number in the file
 
@@ -22,7 +23,7 @@ TRELLISES = (0, 4, 8)  # states of the quantizer, by their number in the file
     kind="coder",
     aliases=("cm",),
 )
-def context_mixing(symbols: Ints, size: int, widths: Sequence[int] = (), states: int = 0) -> bytes:
+def context_mixing(symbols: Ints, size: int, widths: Sequence[int] = (), zero: int | None = None) -> bytes:
     """Six models of a weight's neighbourhood, mixed in the logistic domain by weights that learn on the way.
 
     A symbol is told by its distance from the most frequent one: whether it is that one, flags for greater than 1 to
@@ -33,17 +34,19 @@ def context_mixing(symbols: Ints, size: int, widths: Sequence[int] = (), states:
 
     Args:
         widths: the length of a row and, if there is one, of a kernel in it.
-        states: 4 or 8 if the symbols are levels of a trellis, whose state tells which of two grids is in use.
+        zero: the symbol that stands for zero on an integer grid. Where all integers turn out to be those of dependent
+            quantization with 8 or 4 states, levels are coded, and the state of the trellis is part of every context.
 
     Departs from the paper: binary decisions and the mixer are those of the context-mixing compressors, the binarisation
     and the trellis states that of neural network coding (ISO/IEC 15938-17); mean magnitudes as contexts are our own.
     """
-    from featherweight.coding.mixing_kernels import encode
+    from featherweight.coding.mixing_kernels import encode, levels
 
-    centre = _centre(symbols)
+    trellis = _trellis(symbols, zero)
+    centre = _centre(symbols) if not trellis or zero is None else zero
     values = symbols.astype(np.int64) - centre
+    values = levels(values, trellis)[0] if trellis else values
     width, kernel = _rows(len(values), widths)
-    trellis = TRELLISES.index(states)
     mean = float(np.abs(values).mean()) if len(values) else 0.0
     shift = max(int(mean / SMALL * 2).bit_length() - 1, 0) if mean > SMALL else 0
     made = []
@@ -63,6 +66,16 @@ def _centre(symbols: Ints) -> int:
     counts = np.bincount(symbols)
     often = int(counts.argmax())
     return often if counts[often] * 32 > len(symbols) else int(np.sort(symbols)[len(symbols) // 2])
+
+
+def _trellis(symbols: Ints, zero: int | None) -> int:
+    """The number of the trellis whose points these are, 0 if they are any integers."""
+    from featherweight.coding.mixing_kernels import levels
+
+    if zero is None or not 0 <= zero <= 1 << 17 or len(symbols) < FEWEST:
+        return 0
+    whole = symbols.astype(np.int64) - zero
+    return next((number for number in (2, 1) if (whole & 1).any() and levels(whole, number)[1]), 0)
 
 
 def _rows(count: int, widths: Sequence[int]) -> tuple[int, int]:
