@@ -14,6 +14,7 @@ from torch import nn
 from featherweight.core.arguments import agrees
 from featherweight.core.layers import LEAVES, build_layer, check_entries, count_layers, layer_spec, structured_entries
 from featherweight.core.recurrent import shared
+from featherweight.core.shifts import Shift2d
 from featherweight.core.structured import StructuredEmbedding, StructuredLinear, from_dense
 from featherweight.errors import FormatError
 
@@ -43,6 +44,7 @@ LAYERS = (
     StructuredLinear(6, 4, True, ("toeplitz", 3)), StructuredLinear(6, 4, True, ("stein_cauchy", 2)),
     shared(nn.GRU(2, 3, 2, bidirectional=True), 2), shared(nn.LSTM(2, 3, bias=False), 1),
     StructuredLinear(6, 4, True, ("functional", 5, 2, 3, 1)),
+    Shift2d((0, 0, 0, 1, 2, 0, 0, 0, 1), 3),
     from_dense(nn.Conv2d(4, 8, 3), ("rotated", 4, 3, 0)), from_dense(nn.Conv2d(1, 8, 5), ("rotated", 8, 5, 1)),
     StructuredEmbedding(6, 4, None, ("hashed", 5, 1)), StructuredEmbedding(6, 4, 2, ("hashed", 5, 1)),
     from_dense(nn.Conv2d(2, 4, (3, 1), padding="same", groups=2, bias=False), ("hashed", 5, 0)),

@@ -25,6 +25,10 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < HUGE  # not so of NaN
 
 
+def _any(value: Any) -> bool:
+    return _integer(value, 0, LARGEST)
+
+
 def _some(value: Any) -> bool:
     return _integer(value, 1, LARGEST)
 
@@ -100,6 +104,7 @@ ARGUMENTS: dict[str, Check] = {
     "nonlinearity": _one_of("tanh", "relu"),
     "approximate": _one_of("none", "tanh"),
     "size": _or_none(_sizes(1)),
+    "splits": lambda kind, value: isinstance(value, tuple) and _each(_any, 81)("", value),
     "unflattened_size": lambda kind, value: isinstance(value, tuple) and _each(_some, 16)(kind, value),
     "output_size": _each(lambda one: one is None or _integer(one, 0, WIDEST)),
     "scale_factor": _or_none(_each(lambda one: _number(one) and one > 0)),

@@ -14,6 +14,8 @@ from torch.nn.utils import parametrize
 from featherweight.core.arguments import fits
 from featherweight.core.forms import foreign
 from featherweight.core.recurrent import SETTINGS, SharedRecurrent
+from featherweight.core.shifts import SETTINGS as SHIFT
+from featherweight.core.shifts import Shift2d
 from featherweight.core.structured import StructuredConv2d, StructuredEmbedding, StructuredLinear
 from featherweight.core.structures import MOST as ENTRIES
 from featherweight.errors import FeatherweightError, FormatError, shown
@@ -68,6 +70,7 @@ LEAVES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
         ((nn.ChannelShuffle,), ("groups",)),
         ((nn.Upsample,), ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")),
         ((SharedRecurrent,), SETTINGS),
+        ((Shift2d,), SHIFT),
         ((StructuredLinear,), StructuredLinear.settings),
         ((StructuredConv2d,), StructuredConv2d.settings),
         ((StructuredEmbedding,), StructuredEmbedding.settings),
