@@ -102,7 +102,7 @@ def test_two_processes_train_like_one(tmp_path):
         for first, second, wanted in zip(made[0][name], made[1][name], reference, strict=True):
             assert torch.equal(first, second), f"{name}: both processes hold one network"
             torch.testing.assert_close(
-                first, wanted, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+                first, wanted, rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
             )
     norms = [run["norms"] for run in made]
     assert all(torch.equal(a, b) for a, b in zip(*norms, strict=True)), "statistics are those of both"
