@@ -24,6 +24,7 @@ from featherweight.recipes.face_neuron_selection import (
     told,
     told_by_neurons,
 )
+from matches import watched
 from scenes import classifier, digits
 
 
@@ -157,6 +158,25 @@ def test_student_learns_the_chosen_neurons_and_then_its_head():
     assert before.keys() == after.keys() == {"neurons"}  # no labels
     assert float(after["neurons"].detach()) < 0.5 * float(before["neurons"].detach())
     assert all(torch.equal(held[k], v) for k, v in teachers.state_dict().items())
+
+
+@pytest.mark.parametrize("solver", ["greedy", "mean_field"])
+def test_the_chosen_neurons_are_those_that_are_learned(solver):
+    x, y = digits()
+    data, steps = Batches(x[:96], y[:96]), []
+    teacher, student = fit(small_cnn(), Task(train=data, valid=data), epochs=2, lr=0.01).eval(), small_mlp().eval()
+    task = Task(train=data, valid=data, teacher=teacher, fit=watched(steps))
+    options = {"keep": 0.25, "redundancy": 3.0, "solver": solver}
+    torch.manual_seed(1)
+    chosen = select(*told_by_neurons(task, ["7"], None), *options.values())
+    assert chosen.tolist() != [0, 1, 2, 3]
+    torch.manual_seed(1)
+    entry("face_neuron_selection")(student, task, **options)
+    step, params = steps[0]
+    with torch.no_grad():
+        guess = student[:3](x[:32]) @ params[-1].T
+        wanted = (teacher[:8](x[:32])[:, chosen] - guess).square().sum(1).mean() / 2
+        torch.testing.assert_close(step(student, (x[:32], None), 0.0)["neurons"], wanted)
 
 
 def test_data_that_come_in_another_order_every_time():

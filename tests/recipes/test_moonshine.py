@@ -13,6 +13,7 @@ from featherweight.core.task import evaluate
 from featherweight.errors import BadOption, CompressionError, MissingNeed, UnknownName
 from featherweight.ingredients.block.moonshine_blocks import moonshine_blocks
 from featherweight.recipes.moonshine import moonshine
+from matches import watched
 
 
 class Wide(nn.Module):
@@ -164,6 +165,18 @@ def test_weight_of_attention_is_shared_by_the_taps(wide, monkeypatch):
     assert len(attention.pairs) == 2, "maps of 8 x 8 and of 4 x 4"
     assert attention.weight == 3 * 1000 / 2
     assert told["softened"].weight == 0.5
+
+
+def test_labels_attention_and_softened_probabilities_are_minimised(wide):
+    steps = []
+    task = small_task(teacher=wide, fit=watched(steps))
+    student = moonshine(copy.deepcopy(wide), task, beta=10.0, soft=0.5, temperature=2.0).eval()
+    x, y = next(iter(task.train))
+    terms = steps[-1][0](student, (x, y), 0.0)
+    assert terms.keys() == {"labels", "attention", "softened"}
+    torch.testing.assert_close(terms["labels"], nn.functional.cross_entropy(student(x), y))
+    p, q = (wide(x) / 2).softmax(1), (student(x) / 2).softmax(1)
+    torch.testing.assert_close(terms["softened"], 0.5 * 4 * (p * (p / q).log()).sum(1).mean())
 
 
 def test_start_from_the_teacher_is_ahead_of_a_random_one(wide):

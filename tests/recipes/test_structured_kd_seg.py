@@ -13,7 +13,7 @@ from featherweight.core.fit import fit
 from featherweight.errors import BadOption
 from featherweight.ingredients.match.pairwise_affinity import affinity, pairwise_affinity
 from featherweight.ingredients.match.softened import softened
-from featherweight.recipes.structured_kd_seg import Critic, telling
+from featherweight.recipes.structured_kd_seg import Critic, judged, telling
 from matches import loss, on_logits, rotation, watched
 from scenes import mask_task, segmenter
 
@@ -95,6 +95,22 @@ def test_critic_learns_which_is_the_teachers_and_uses_the_image():
         optimizer.step()
     with torch.no_grad():
         assert float(critic(theirs, image).mean() - critic(ours, image).mean()) > 0.05
+
+
+def test_student_pleases_the_critic_and_weights_are_those_given():
+    steps, task = [], mask_task(16)
+    critic, image = Critic(3, 1, 4), torch.rand(2, 1, 24, 24)
+    term, _ = judged(replace(task, split=lambda batch: ((batch,), {}, None)), critic, 0.1, 10.0)
+    scores = torch.randn(2, 3, 24, 24)
+    assert term.weight == 0.1
+    torch.testing.assert_close(term.match({"": scores}, {"": scores}, image, 0.0), -critic(scores, image).mean())
+    student, batch, found = segmenter(4).eval(), next(iter(task.train)), {}
+    task = replace(task, teacher=segmenter(6).eval(), fit=watched(steps))
+    for weight, scale in ((0.5, 0.5), (2.0, 0.5), (0.5, 0.25)):
+        entry("structured_kd_seg")(student, task, holistic=0, pair=weight, scale=scale)
+        found[weight, scale] = float(steps[-1][0](student, batch, 0.0)["pairs"].detach())
+    assert found[2.0, 0.5] == pytest.approx(4 * found[0.5, 0.5])
+    assert found[0.5, 0.25] != pytest.approx(found[0.5, 0.5])
 
 
 def test_terms_and_their_weights():
