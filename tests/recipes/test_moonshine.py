@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import small_cnn, small_task
+from conftest import small_cnn, small_mlp, small_task
 from featherweight.catalogue import entry
 from featherweight.core.fit import fit
 from featherweight.core.task import evaluate
@@ -201,6 +201,8 @@ def test_bad_input(wide):
         entry("moonshine")(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), task)
     with pytest.raises(CompressionError, match="choose another block"):
         entry("moonshine")(copy.deepcopy(wide), task, block="G(5)")
+    with pytest.raises(BadOption, match="no maps whose attention"):
+        entry("moonshine")(copy.deepcopy(wide), small_task(teacher=small_mlp()))
     with pytest.raises(MissingNeed, match="teacher"):
         entry("moonshine")(copy.deepcopy(wide), small_task())
     with pytest.raises(UnknownName, match="at which the teacher is tapped"):

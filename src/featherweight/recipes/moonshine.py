@@ -17,7 +17,7 @@ from featherweight.core.surgery import WhereConv2d
 from featherweight.core.task import Task, first
 from featherweight.core.taught import teacher_of
 from featherweight.distill import Term, learn
-from featherweight.errors import unknown
+from featherweight.errors import BadOption, unknown
 from featherweight.ingredients.block.moonshine_blocks import BlockName, moonshine_blocks
 from featherweight.ingredients.match.attention_transfer import attention_maps
 from featherweight.ingredients.match.softened import softened
@@ -74,7 +74,7 @@ def moonshine(
         where: which convolutions.
 
     Raises:
-        BadOption: the model has no convolution.
+        BadOption: the model has no convolution, or the teacher no maps.
         UnknownName: the student lacks a layer at which the teacher is tapped.
         CompressionError: no convolution was replaced.
     """
@@ -82,6 +82,10 @@ def moonshine(
     batch = first(task.calibrating(), "training")
     make = partial(moonshine_blocks, block=block, start=start, between=between)
     taps = stages(outputs(teacher, task, batch), "ends") if beta else []
+    if beta and not taps:
+        raise BadOption(
+            f"beta={beta}: the teacher has no maps whose attention could be compared; pass beta=0 and soft="
+        )
     exchange(model, task, make, where, keep_first=keep_first, refit=refit if start == "factors" else 0)
     for path in taps:
         if path not in (known := [p for p, _ in model.named_modules() if p]):
