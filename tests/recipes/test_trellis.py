@@ -67,7 +67,11 @@ def test_eight_states_cost_fewer_bytes_than_four_and_these_than_one_at_equal_err
 def test_a_network_is_on_its_grid_and_by_rate_smaller_than_by_rounding_to_the_nearest(tmp_path: Path) -> None:
     model, task = small_cnn(), small_task()
     sizes: dict[str, int] = {}
-    for name, method, options in (("nearest", rdoq, {"rate": 0.0}), ("rdoq", rdoq, {}), ("trellis", trellis, {})):
+    for name, method, options in (
+        ("nearest", rdoq, {"rate": 0.0}),
+        ("rdoq", rdoq, {"rate": 1.0}),
+        ("trellis", trellis, {}),
+    ):
         one = bake(method(copy.deepcopy(model), task, loss=0.003, calibration_batches=2, **options))
         codes = codes_of(one[0])
         assert codes is not None

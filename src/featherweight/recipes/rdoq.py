@@ -33,7 +33,7 @@ def rdoq(
     task: Task,
     *,
     loss: Positive = 0.003,
-    rate: Annotated[float, Ge(0)] = 1.0,
+    rate: Annotated[float, Ge(0)] = 0.1,
     calibration_batches: Count = 8,
     where: WhereWeighted = None,
 ) -> nn.Module:
@@ -41,7 +41,8 @@ def rdoq(
 
     Args:
         loss: by how much the mean loss may grow, foretold from its curvature; a smaller file for a larger one.
-        rate: how much a bit counts, 1 for the slope of the rate-distortion curve; 0 for the nearest integer.
+        rate: how much a bit counts, 1 for the slope of the rate-distortion curve (on a LeNet-300-100 the divergence of
+            its outputs grew faster than squared error did, and 0.1 was best); 0 for the nearest integer.
         calibration_batches: how many batches of the calibration (or training) data to look at.
         where: which layers; all linear and convolution layers when left out.
 

@@ -58,7 +58,7 @@ def trellis(
     *,
     loss: Positive = 0.003,
     states: Literal[4, 8] = 8,
-    rate: NonNegative = 1.0,
+    rate: NonNegative = 0.1,
     calibration_batches: Count = 8,
     where: WhereWeighted = None,
 ) -> nn.Module:
@@ -67,7 +67,8 @@ def trellis(
     Args:
         loss: by how much the mean loss may grow, foretold from its curvature; a smaller file for a larger one.
         states: of the trellis.
-        rate: how much a bit counts, 1 for the slope of the rate-distortion curve; 0 for the nearest path.
+        rate: how much a bit counts, 1 for the slope of the rate-distortion curve (on a LeNet-300-100 the divergence of
+            its outputs grew faster than squared error did, and 0.1 was best); 0 for the nearest path.
         calibration_batches: how many batches of the calibration (or training) data to look at.
         where: which layers; all linear and convolution layers when left out.
 
