@@ -346,6 +346,34 @@ def distillation(page: str) -> str:
     return filled(page, {name: parts.get(name, ["Not run."]) for name in MARKS})
 
 
+def text(page: str) -> str:
+    """The page about distillation with its section on text as the results are now."""
+    path = RESULTS / "text_distillation.json"
+    if not path.exists():
+        return filled(page, {"text": ["Not run."]})
+    found = json.loads(path.read_text())
+    rows = []
+    for student, way in dict.fromkeys((row["student"], row["learns from"]) for row in found["table"]):
+        mine = [row for row in found["table"] if (row["student"], row["learns from"]) == (student, way)]
+        values = [100 * row["test"] for row in mine]
+        span = "-" if len(mine) > 1 else f"{100 * mine[0]['low']:.1f} to {100 * mine[0]['high']:.1f}"
+        seconds = sum(row["seconds of the processor"] for row in mine) / len(mine)
+        rows.append([student, way, len(mine), f"{sum(values) / len(values):.1f}", span, f"{seconds:.0f}"])
+    head = ["student", "learns from", "seeds", "test, %", "95 % interval of one seed", "processor's seconds a run"]
+    told_counts = ", ".join(f"{count:,} for {name}" for name, count in found["counts"].items())
+    teacher = f"The teacher ({found['how']['teacher']}): {100 * found['teacher']['test']:.1f} %."
+    lines = [f"Sentences: {told_counts}. {teacher}"]
+    lines += ["", *table(head, rows)]
+    if "sizes" in found:
+        sizes = [
+            [name, f"{count:,}", f"{time:.2f}", f"{ratio:.2f}x"]
+            for name, count, time, ratio in (one.values() for one in found["sizes"])
+        ]
+        lines += ["", *table(["network", "parameters", "ms a sentence, batch 1", "of the teacher's"], sizes)]
+    versions = f"commit `{found['commit']}`, torch {found['environment']['versions']['torch']}"
+    return filled(page, {"text": [*lines, "", f"Made by {versions}: `text_distillation.json`."]})
+
+
 MARKS = (
     "costs",
     "verdicts",
@@ -382,7 +410,7 @@ def measured(name: str) -> str:
 if __name__ == "__main__":
     (HERE / "pruning.md").write_text(pruning((HERE / "pruning.md").read_text()))
     (HERE / "quantization.md").write_text(quantization((HERE / "quantization.md").read_text()))
-    (HERE / "distillation.md").write_text(distillation((HERE / "distillation.md").read_text()))
+    (HERE / "distillation.md").write_text(text(distillation((HERE / "distillation.md").read_text())))
     (HERE / "methods.md").write_text(methods())
     (HERE / "results.md").write_text(results())
     (HERE / "recipes.md").write_text(recipes((HERE / "recipes.md").read_text()))

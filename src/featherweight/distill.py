@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from featherweight.allowed import Amount, File, Positive, checked
 from featherweight.catalogue import Slot, fill
-from featherweight.core.features import INPUT, Taps, is_map, matched, same_size
+from featherweight.core.features import INPUT, Taps, is_map, matched, outputs, same_size
 from featherweight.core.fit import Optimizers
 from featherweight.core.ledger import note, show
 from featherweight.core.settings import name_of, with_settings
@@ -164,11 +164,11 @@ def learn(
         with unchanged(teacher) if inputs else eval_mode(teacher):
             return tapped(teacher, teacher, task.of_teacher(), batch, theirs, whole, inputs)[0]
 
-    ask: Callable[[Batch], Taps] = asked
+    ask = answering(asked)
     if joined and teacher_cache is not None and epochs:
         if inputs:
             raise BadOption("what differentiates the teacher by its input cannot be kept: leave teacher_cache out")
-        ask = cached(teacher_cache, teacher, task.of_teacher(), [*theirs, *([""] if whole else [])], asked)
+        ask = cached(teacher_cache, teacher, task.of_teacher(), [*theirs, *([""] if whole else [])], ask)
 
     def step(student: nn.Module, batch: Batch, progress: float) -> dict[str, Tensor]:
         losses = {}
@@ -186,6 +186,38 @@ def learn(
     return task.fit(
         model, task, epochs=epochs, lr=lr, optimizer=optimizer, step=step, params=trained + added, label="distill"
     )
+
+
+def answering(ask: Callable[[Batch], Taps]) -> Callable[[Batch], Taps]:
+    """Asks the teacher, and looks at its first answer, before anything has been learned from it.
+
+    Raises:
+        BadData: it cannot read the batch, or what it puts out is not finite.
+    """
+    worked = False
+
+    def asked(batch: Batch) -> Taps:
+        nonlocal worked
+        if worked:
+            return ask(batch)
+        try:
+            shown = ask(batch)
+        except (RuntimeError, TypeError, IndexError) as error:
+            raise BadData(
+                f"the teacher fails on the student's batches ({str(error).splitlines()[0]}): pass a teacher that takes "
+                "them, or Task(teacher_split=...) with what it takes"
+            ) from error
+        for path, value in shown.items():
+            if not torch.isfinite(value).all():
+                what = f"the teacher's layer {path} puts" if path else "the teacher puts"
+                raise BadData(
+                    f"{what} out values that are not finite on the first training batch: look at the teacher's weights "
+                    "and at the data"
+                )
+        worked = True
+        return shown
+
+    return asked
 
 
 @final
@@ -275,7 +307,17 @@ class Joined(nn.Module):
             note(f"{self.name} left out a batch of {len(some)} samples: it needs {self.samples}")
             return some.sum() * 0
         self.worked = True
-        return self.match(ours, theirs, batch, progress)
+        try:
+            return self.match(ours, theirs, batch, progress)
+        except RuntimeError as error:
+            unlike = [(a, seen[a], b, shown[b]) for a, b in self.pairs if seen[a].shape != shown[b].shape]
+            if not unlike:
+                raise
+            a, s, b, t = unlike[0]
+            raise BadOption(
+                f"{self.name} cannot compare the student's layer {a}, {tuple(s.shape)}, with the teacher's layer {b}, "
+                f"{tuple(t.shape)}, and no adapter joins them: pass pairs= of like shapes, or choose rkd"
+            ) from error
 
     def adapted(self, index: int, features: Tensor) -> Tensor:
         return self.adapters[str(index)](features) if str(index) in self.adapters else features
@@ -367,9 +409,15 @@ def tapped(
     with taps(model, paths) as seen, _until(model, seen, paths, stop=not whole):
         try:
             output, target = run(called, task, batch)
-            return {**seen, "": prediction(output)}, output, target
         except _Reached:
             return dict(seen), None, None
+    for path in paths:
+        if path not in seen:
+            raise BadOption(
+                f"layer {path} is there, but the network does not call it: pass pairs= of layers that it does, such as "
+                f"{', '.join(list(outputs(model, task, batch))[-3:])}"
+            )
+    return {**seen, "": prediction(output)}, output, target
 
 
 def differentiable(task: Task, batch: Batch) -> tuple[Tensor, Task]:

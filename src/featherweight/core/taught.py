@@ -86,10 +86,12 @@ def teacher_of(model: nn.Module, task: Task, what: str = "distillation") -> nn.M
 
     Raises:
         MissingNeed: there is none.
-        BadOption: it is the student itself.
+        BadOption: it is the student itself, or has no weights.
     """
     if task.teacher is None:
         raise MissingNeed(f"{what} needs a teacher, which this task does not have: pass Task(teacher=...)")
     if task.teacher is model:
         raise BadOption("the teacher is the very model that is trained: pass Task(teacher=copy.deepcopy(model))")
+    if any(value.is_meta for value in (*task.teacher.parameters(), *task.teacher.buffers())):
+        raise BadOption("the teacher has no weights, only their shapes (device meta): load them before it teaches")
     return task.teacher
