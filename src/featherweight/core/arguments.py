@@ -138,8 +138,9 @@ def agrees(module: nn.Module) -> bool:  # noqa: PLR0911 - one straight table
         case SharedRecurrent():
             return tensors == module.shapes()
         case StructuredLayer():
-            bias = tensors.pop("bias", (module.matrix.rows,))
-            return _says_its_size(module) and bias == (module.matrix.rows,) and tensors == module.matrix.shapes()
+            biases = (module.matrix.rows // module.matrix.outputs_a_bias,)
+            same = tensors.pop("bias", biases) == biases
+            return same and _says_its_size(module) and tensors == module.matrix.shapes()
         case nn.modules.conv._ConvNd() if weight is not None:
             inner, outer = module.in_channels, module.out_channels
             rows, columns = (inner, outer) if module.transposed else (outer, inner)

@@ -78,6 +78,11 @@ class Rotated(Tied):
         return 1 if self.lifting else self.order
 
     @property
+    def outputs_a_bias(self) -> int:
+        """All maps of a function: with biases of their own, what turned images make of them would differ."""
+        return self.order
+
+    @property
     def wide(self) -> tuple[int, int, int, int, int]:
         """The shape of the free parameters (C_o, C_i, |G| or 1, k, k)."""
         inputs = self.columns // self.maps // self.kernel**2

@@ -50,7 +50,8 @@ class StructuredLayer(nn.Module, ABC):
         self.matrix = made(self.structure, rows, columns)
         for name, shape in self.matrix.shapes().items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
-        self.register_parameter("bias", nn.Parameter(torch.empty(rows)) if bias else None)
+        biases = rows // self.matrix.outputs_a_bias
+        self.register_parameter("bias", nn.Parameter(torch.empty(biases)) if bias else None)
         if not any(p.is_meta for p in self.free.values()):  # without contents there is no start
             self.reset_parameters()
 
@@ -78,7 +79,13 @@ class StructuredLayer(nn.Module, ABC):
             for name, value in near(self.matrix, weight.detach().flatten(1), steps).items():
                 self.get_parameter(name).copy_(value)
             if bias is not None and self.bias is not None:
-                self.bias.copy_(bias)
+                self.bias.copy_(bias.view(len(self.bias), -1).mean(1))
+
+    @property
+    def biases(self) -> Tensor | None:
+        """What is added to each output; several in a row may have one parameter."""
+        each = self.matrix.outputs_a_bias
+        return self.bias if self.bias is None or each == 1 else self.bias.unsqueeze(1).expand(-1, each).reshape(-1)
 
     def extra_repr(self) -> str:
         """The arguments of the constructor."""
@@ -124,7 +131,7 @@ class StructuredLinear(StructuredLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.matrix.product(x, self.free)
-        return y if self.bias is None else y + self.bias
+        return y if self.biases is None else y + self.biases
 
     def through(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -170,7 +177,7 @@ class StructuredConv2d(StructuredLayer):
         return tuple(self.__dict__["plain"].weight.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.through(x, self.dense(), self.bias)
+        return self.through(x, self.dense(), self.biases)
 
     def through(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return cast(Tensor, self.__dict__["plain"]._conv_forward(x, weight, bias))

@@ -69,6 +69,11 @@ class Structure(ABC):
         return (self.word, *astuple(self)[2:])
 
     @property
+    def outputs_a_bias(self) -> int:
+        """How many outputs in a row have one bias: those that one filter makes."""
+        return 1
+
+    @property
     def size(self) -> int:
         """The number of free parameters."""
         return sum(math.prod(shape) for shape in self.shapes().values())

@@ -93,7 +93,7 @@ def _lower_structure(lowered: Lowered, path: str, module: StructuredLayer) -> No
     longer = 4 * matrix.size + NODES >= 4 * matrix.rows * matrix.columns
     if longer or matrix.portable(module.free, one) is None:
         module.register_buffer("made", module.dense().detach())
-        module.forward = lambda x: module.through(x, module.get_buffer("made"), module.bias)
+        module.forward = lambda x: module.through(x, module.get_buffer("made"), module.biases)
         lowered.notes.append(f"{path}: its {word} weight is written out whole, the ONNX file is no smaller")
         return
     for name, value in {**module.free, "one": one}.items():
@@ -103,7 +103,7 @@ def _lower_structure(lowered: Lowered, path: str, module: StructuredLayer) -> No
     def forward(x: Tensor) -> Tensor:
         free = {name: module.get_buffer(f"{FREE}{name}") for name in names}
         made = cast(Tensor, matrix.portable(free, module.get_buffer(f"{FREE}one")))
-        return module.through(x, made.view(module.weight_shape), module.bias)
+        return module.through(x, made.view(module.weight_shape), module.biases)
 
     module.forward = forward
     lowered.notes.append(f"{path}: its {word} weight is made from its free parameters when the ONNX file is loaded")

@@ -9,7 +9,7 @@ functions to such functions:
 
 Turning the input turns every map and exchanges those of the group: output r at T_u x is output u^-1 r at x. The maps
 of C planar channels are those of C / |G| functions, so a layer between functions has 1 / |G| of the parameters of the
-planar one that it replaces, and as many multiplications.
+planar one that it replaces, and as many multiplications. A function has one bias, for all of its maps.
 
 Where whole networks are rewritten, a batch norm over functions has one scale and one set of statistics for all maps of
 a function, and a linear layer behind them reads their mean (or maximum) over the group and the places that are left:
@@ -17,9 +17,10 @@ then the scores are the same however the image is turned. That is exact where ea
 ends with its last window at the edge, (size + 2 padding - kernel) % s = 0, which an even size with a stride of 2 and a
 kernel of 3 does not; and for all other layers that treat channels and directions alike, as rectifiers do.
 
-Departs from the paper: filters start from those of the trained planar network, as the nearest equivariant ones (the
-mean over the group of what each makes of its map, undone); channels are grouped as they stand; kernels of even size
-turn about their middle; the pooling over the group stands in front of each linear layer, with a mean by default.
+Departs from the paper: filters and biases start from those of the trained planar network, as the nearest equivariant
+ones (the mean over the group of what each makes of its map, undone); channels are grouped as they stand; kernels of
+even size turn about their middle; the pooling over the group stands in front of each linear layer, with a mean by
+default.
 """
 
 from __future__ import annotations
