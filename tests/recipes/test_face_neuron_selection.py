@@ -224,3 +224,12 @@ def test_bad_input():
         p.data.zero_()
     with pytest.raises(BadData, match="no neuron of the teacher changes"):
         run(small_mlp(), small_task(teacher=dead))
+
+
+def test_classes_are_those_of_the_training_batches() -> None:
+    """Calibration batches may have no labels."""
+    task, teacher = small_task(), small_cnn()
+    task = replace(task, calibration=[(x, None) for x, _ in task.train or ()], teacher=teacher)
+    with recording() as ledger:
+        entry("face_neuron_selection")(small_cnn(), task, epochs=0, head_epochs=0)
+    assert any("neurons of 1 teacher(s) chosen" in line for line in ledger.notes)

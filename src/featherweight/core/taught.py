@@ -81,12 +81,15 @@ def under_teacher(task: Task, share: float) -> Task:
     return replace(task, fit=fit)
 
 
-def teacher_of(model: nn.Module, task: Task, what: str = "distillation") -> nn.Module:
+def teacher_of(model: nn.Module, task: Task, what: str = "distillation", *, same_inputs: bool = False) -> nn.Module:
     """The task's teacher, which `what` needs.
+
+    Args:
+        same_inputs: whether it must be shown what the model is shown.
 
     Raises:
         MissingNeed: there is none.
-        BadOption: it is the student itself, or has no weights.
+        BadOption: it is the student itself, has no weights, or is shown something else where it must not.
     """
     if task.teacher is None:
         raise MissingNeed(f"{what} needs a teacher, which this task does not have: pass Task(teacher=...)")
@@ -94,4 +97,6 @@ def teacher_of(model: nn.Module, task: Task, what: str = "distillation") -> nn.M
         raise BadOption("the teacher is the very model that is trained: pass Task(teacher=copy.deepcopy(model))")
     if any(value.is_meta for value in (*task.teacher.parameters(), *task.teacher.buffers())):
         raise BadOption("the teacher has no weights, only their shapes (device meta): load them before it teaches")
+    if same_inputs and task.teacher_split is not None:
+        raise BadOption(f"{what} shows the teacher what it shows the model: leave teacher_split out of the task")
     return task.teacher

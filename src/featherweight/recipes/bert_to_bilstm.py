@@ -82,7 +82,7 @@ def bert_to_bilstm(
     """
     if mask + swap > 1:
         raise BadOption(f"mask={mask} and swap={swap} exclude each other in a word: together at most 1")
-    teacher = teacher_of(model, task)
+    teacher = teacher_of(model, task, "bert_to_bilstm", same_inputs=True)
     found, targets = sentences(task, task.train or (), pad_token, "bert_to_bilstm", "choose logit_regression")
     if alpha and any(target is None for target in targets):
         raise MissingNeed(
@@ -128,6 +128,8 @@ def augmented(
         raise BadData(
             f"word_classes has {len(word_classes)} entries, words have numbers up to {size - 1}: pass them all"
         )
+    if word_classes is not None and min(word_classes) < 0:
+        raise BadData(f"word_classes has a class {min(word_classes)}: number the classes from 0")
     every = torch.cat([part[vocabulary.words(part)] for part in parts])
     counts = torch.bincount(every, minlength=size)
     if word_classes is not None:

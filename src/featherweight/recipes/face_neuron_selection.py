@@ -6,7 +6,7 @@ classifier the classes are its identities, and a brighter or shifted input is a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, final
 
@@ -82,7 +82,7 @@ def face_neuron_selection(
         BadData: less than two attributes of a kind that differ among the samples.
     """
     members = members_of(teacher_of(model, task))
-    batch = first(task.calibrating(), "training")
+    batch = first(samples(task, attributes), "training")
     found = [matched(model, member, task, batch, "last")[0] for member in members]
     guided = guided or found[0][0]
     hints = [f"members.{m}.{hint}" if len(members) > 1 else hint for m, (_, hint) in enumerate(found)]
@@ -132,6 +132,11 @@ def pooled(features: Tensor) -> Tensor:
     return values.flatten(2).mean(2) if values.dim() > 3 else values.mean(1) if values.dim() == 3 else values
 
 
+def samples(task: Task, attributes: Attributes | None) -> Iterable[Batch]:
+    """By what neurons are chosen: classes are labels, which training batches have and calibration batches may not."""
+    return task.calibrating() if attributes else task.train or ()
+
+
 def told_by_neurons(task: Task, hints: Sequence[str], attributes: Attributes | None) -> tuple[Tensor, Tensor]:
     """How well each neuron tells each attribute of identity, and each other one: (neurons, attributes) twice.
 
@@ -142,7 +147,7 @@ def told_by_neurons(task: Task, hints: Sequence[str], attributes: Attributes | N
     splits = [task.of_teacher().split, *(() if attributes else nuisances(task))]
     values: list[list[Tensor]] = [[] for _ in splits]
     kinds: list[tuple[Tensor, ...]] = []
-    for batch in task.calibrating():  # once: a loader may shuffle
+    for batch in samples(task, attributes):  # once: a loader may shuffle
         for rows, split in zip(values, splits, strict=True):
             rows.append(neurons(teacher, replace(task, split=split), batch, hints))
         kinds.append(attributes(batch) if attributes else (classes(task, batch),))
@@ -188,7 +193,7 @@ def nuisances(task: Task) -> Iterator[Split]:
         BadOption: there is no such input.
     """
     split = task.of_teacher().split
-    args, kwargs, _ = split(first(task.calibrating(), "training"))
+    args, kwargs, _ = split(first(samples(task, None), "training"))
     given = [*args, *kwargs.values()]
     at = next((i for i, v in enumerate(given) if isinstance(v, Tensor) and v.is_floating_point()), None)
     if at is None:

@@ -52,7 +52,8 @@ def mimic_detection(
     Departs from the paper: only secondary sources were available. Regions are drawn from the whole batch; layers that
     are not named are the last maps of both networks; a 1x1 convolution without bias joins their channels. The paper's
     second stage is a network of its own on pooled regions (Fast R-CNN): here the one network goes on, and its output
-    maps are compared in the regions. Networks of classes count as detectors of one place, their whole image. Adam.
+    maps are compared in the regions: the first tensor that it puts out, which is also what `regions` is given.
+    Networks of classes count as detectors of one place, their whole image. Adam.
 
     Args:
         regions: (student's output, batch) -> boxes of each image, (boxes, 4): left, top, right, bottom as fractions of

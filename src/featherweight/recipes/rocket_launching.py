@@ -50,7 +50,12 @@ def rocket_launching(
         lr: learning rate.
         optimizer: as in `fit`.
     """
-    booster = copy.deepcopy(teacher_of(model, task)).to(device_of(model)).requires_grad_(True).train()
+    booster = (
+        copy.deepcopy(teacher_of(model, task, "rocket_launching", same_inputs=True))
+        .to(device_of(model))
+        .requires_grad_(True)
+        .train()
+    )
     paths = share(model, booster, shared)
     note(f"light network and booster share {', '.join(paths) or 'no layer'}; the booster is in training only")
     params = list(dict.fromkeys([*model.parameters(), *booster.parameters()]))

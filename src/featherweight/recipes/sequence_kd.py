@@ -134,7 +134,7 @@ def sequence_kd(
         BadOption: teacher and student score other words; or end_token or pad_token is none of them, or they are one.
         MissingNeed: the targets need labels, and there are none.
     """
-    teacher = teacher_of(model, task)
+    teacher = teacher_of(model, task, "sequence_kd", same_inputs=True)
     corpus = [opened(task, batch, pad_token) for batch in task.train or ()]
     if finetune and targets != "beam":
         _ = [known(one) for one in corpus]
