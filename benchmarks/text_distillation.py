@@ -139,11 +139,14 @@ class Labelled:
 
 @cache
 def tokenizer() -> BertWordPieceTokenizer:
-    """Pieces of words, learned from the training sentences."""
-    made = BertWordPieceTokenizer(lowercase=True)
-    made.train_from_iterator((" ".join(row.words) for row in corpus()[1]), vocab_size=PIECES, special_tokens=SPECIAL,
-                             show_progress=False)  # fmt: skip
-    return made
+    """Pieces of words, learned from the training sentences; kept, as learning them again gives them other numbers."""
+    file = FOLDER / "vocab.txt"
+    if not file.exists():
+        made = BertWordPieceTokenizer(lowercase=True)
+        lines = (" ".join(row.words) for row in corpus()[1])
+        made.train_from_iterator(lines, vocab_size=PIECES, special_tokens=SPECIAL, show_progress=False)
+        made.save_model(str(FOLDER))
+    return BertWordPieceTokenizer(str(file), lowercase=True)
 
 
 @cache
