@@ -8,7 +8,8 @@ not be found; features can be divided by their spread, and the teacher's graph r
 
 The loss has no constraint on the scale of the features: constant ones make it 0, and only the labels' loss keeps the
 student from that. Its strength depends on the features' scale: beside the last maps of a ResNet-8 a weight of 0.01
-left nothing but dead features, 1e-4 did no harm (docs/distillation.md). With few samples a batch "nearest" means little.
+left nothing but dead features, 1e-4 did little harm (docs/distillation.md). With few samples a batch "nearest" means
+little.
 """
 
 from __future__ import annotations
