@@ -48,7 +48,7 @@ class Ran:
     task: Task
     result: fw.Result
     folder: Path
-    onnx_again: bool  # whether the second run writes ONNX too
+    onnx_again: bool = False  # whether the second run writes ONNX too
 
     def again(self, out: Path) -> fw.Result:
         options = {"measure": False, "onnx": self.onnx_again, **self.entry.small}
