@@ -112,6 +112,20 @@ def _room(coder: Any, out: Any) -> Any:
 
 
 @njit(cache=True)
+def _ended(coder: Any, out: Any) -> Any:
+    """The fewest bytes that lie in the last interval: everything behind them reads as zero."""
+    low, reach = coder[0], coder[0] + coder[1] - 1
+    for bits in (24, 16, 8, 0):
+        rounded = (reach >> bits) << bits
+        if rounded >= low:
+            coder[0] = rounded
+            break
+    for _ in range(5):
+        _shift(coder, out)
+    return out[: coder[4]]
+
+
+@njit(cache=True)
 def encode(values: Ints, width: int, fast: int, slow: int) -> Any:
     """The bytes of signed values (the centre is 0) in rows of `width`."""
     state, out = _fresh(), np.zeros(len(values) // 4 + 128, dtype=np.uint8)
@@ -139,16 +153,7 @@ def encode(values: Ints, width: int, fast: int, slow: int) -> Any:
                 break
         if rest >= FLAGS:
             _put_escape(state, coder, out, rest - FLAGS + 1, fast, slow)
-    # the fewest bytes that lie in the last interval: everything behind them reads as zero
-    low, reach = coder[0], coder[0] + coder[1] - 1
-    for bits in (24, 16, 8, 0):
-        rounded = (reach >> bits) << bits
-        if rounded >= low:
-            coder[0] = rounded
-            break
-    for _ in range(5):
-        _shift(coder, out)
-    return out[: coder[4]]
+    return _ended(coder, out)
 
 
 @njit(cache=True)

@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 
 from featherweight.coding.bits import Ints
-from featherweight.coding.context_kernels import _get, _put, _room, _shift
+from featherweight.coding.context_kernels import _ended, _get, _put, _room
 
 MODELS = 6
 UNARY = 15  # bins that ask "greater?", the first of them being "not the centre?"
@@ -282,15 +282,7 @@ def encode(values: Ints, head: Any) -> Any:
             _put(coder, out, bit, _foretell(mixer, SIGN, 0))
             _learn(mixer, SIGN, bit, pace)
         _note(seen, i, value, width, kernel, trellis, shift)
-    low, reach = coder[0], coder[0] + coder[1] - 1
-    for bits in (24, 16, 8, 0):
-        rounded = (reach >> bits) << bits
-        if rounded >= low:
-            coder[0] = rounded
-            break
-    for _ in range(5):
-        _shift(coder, out)
-    return out[: coder[4]]
+    return _ended(coder, out)
 
 
 @njit(cache=True)

@@ -1,8 +1,8 @@
 """Rate-distortion optimal rounding to an integer grid, alone or along the paths of a trellis (dependent quantization).
 
 Of two grids, the even and the odd multiples of a step (zero is in both), the parities of the levels before say which
-one is in use: Schwarz et al., "Hybrid video object/tensor coding: quantization and entropy coding in VVC", IEEE TCSVT
-31(10), 2021. The path of least distortion plus rate is found by the algorithm of Viterbi.
+one is in use: Schwarz et al., "Quantization and Entropy Coding in the Versatile Video Coding (VVC) Standard", IEEE
+TCSVT 31(10), 2021. The path of least distortion plus rate is found by the algorithm of Viterbi.
 """
 
 from __future__ import annotations
