@@ -124,11 +124,15 @@ def methods(
         commands.show_methods(found)
 
 
-@app.command(epilog="Example: `featherweight inspect runs/demo/model.fw`")
+@app.command(
+    epilog="Examples: `featherweight inspect runs/demo/model.fw`; "
+    "`featherweight inspect model.fw --json > bytes.json` for everything that the file says, as data"
+)
 def inspect(
-    file: Annotated[Path, typer.Argument(help="a .fw file")], as_json: Annotated[bool, typer.Option("--json")] = False
+    file: Annotated[Path, typer.Argument(help="a .fw file, full or bare")],
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON, the description of the model too")] = False,
 ) -> None:
-    """Show where every byte of a .fw file goes."""
+    """Show where every byte of a .fw file goes: code, tables, side information, structure; the entropy beside it."""
     from featherweight import coding, commands
 
     found = coding.inspect(file)

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -314,23 +316,53 @@ def show_method(row: dict[str, Any]) -> None:
 
 
 def show_file(found: dict[str, Any]) -> None:
-    """Where every byte of a file goes."""
-    rows = found["tensors"]
-    table = Table()
-    columns = list(rows[0]) if rows else []
-    for column in columns:
-        table.add_column(column)
+    """Where every byte of a file goes, in 80 columns."""
+    rows, structure = found["tensors"], found["structure"]
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, show_footer=True, width=80)
+    table.add_column("tensor", "all tensors", ratio=1, overflow="fold")
+    for key, word in BYTES.items():
+        total = "" if key == "ideal_bytes" else f"{sum(row[key] for row in rows):.0f}"
+        table.add_column(word, total, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*[f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()])
+        shape = "x".join(map(str, row["shape"])) or "one value"
+        told = fill(
+            f"{shape} {row['dtype']} {row['layout']} {row['coder']}", 36, initial_indent=" ", subsequent_indent=" "
+        )
+        table.add_row(f"{row['name']}\n{told}", *["-" if row[key] is None else f"{row[key]:.0f}" for key in BYTES])
     console.print(table)
+    _bytes_told("description of the model, deflated", structure["description"])
+    for part, size in found["described"].items():
+        _bytes_told(f"  {part}", size)
+    for part, size in structure.items():
+        if part != "description":
+            _bytes_told(part, size)
+    _bytes_told(f"the file ({'bare' if found['bare'] else 'full'}, version {found['format']})", found["bytes"])
+    console.print(KEY_TO_BYTES, highlight=False)
     wiring = found["manifest"].get("wiring")
-    shown = {**found, "manifest": {k: v for k, v in found["manifest"].items() if k not in ("wiring", "names")}}
-    for key, value in shown.items():
-        if key != "tensors":
-            console.print(f"{key}: {value}", highlight=False)
+    for key in ("tool", "provenance", "example_inputs"):
+        if found["manifest"].get(key):
+            console.print(f"{key}: {found['manifest'][key]}", highlight=False)
     console.print(
         f"without the class: {_wiring_told(wiring) if wiring else 'no, pass into= to load it'}", highlight=False
     )
+
+
+BYTES = {
+    "entropy_bytes": "entropy",
+    "ideal_bytes": "ideal",
+    "code_bytes": "code",
+    "table_bytes": "tables",
+    "side_bytes": "side",
+    "bytes": "total",
+}
+KEY_TO_BYTES = """
+Bytes. total = code + tables + side: code words; heads and tables of the coder;
+type, shape, scales, codebooks and signs of zeros. entropy: order 0, of the
+tensor's symbols; ideal: what the adaptive models of its coder took them for."""
+
+
+def _bytes_told(what: str, size: int) -> None:
+    console.print(f"{what:<70}{size:>9}", highlight=False)
 
 
 def _wiring_told(wiring: Mapping[str, Any]) -> str:

@@ -21,10 +21,15 @@ LONGEST = 40  # bits of the largest integer that a list may hold
 
 
 class Reader:
-    """Bytes with a position, and the number of bytes that may still be allocated for what they describe."""
+    """Bytes with a position, and the number of bytes that may still be allocated for what they describe.
 
-    def __init__(self, data: bytes, allowance: int) -> None:
+    `coded` counts the bytes that were code words, apart from heads and tables. With `weigh` the adaptive coders add to
+    `spare` by how many bytes theirs are longer than what their models ideally take.
+    """
+
+    def __init__(self, data: bytes, allowance: int, *, weigh: bool = False) -> None:
         self.data, self.position, self.allowance = data, 0, allowance
+        self.weigh, self.coded, self.spare = weigh, 0, 0.0
 
     @property
     def left(self) -> int:
@@ -42,6 +47,15 @@ class Reader:
             )
         self.position += count
         return self.data[self.position - count : self.position]
+
+    def code(self, count: int) -> bytes:
+        """The next `count` bytes, which are code words.
+
+        Raises:
+            FormatError: there are fewer.
+        """
+        self.coded += count
+        return self.take(count)
 
     def byte(self) -> int:
         return self.take(1)[0]

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,12 +58,16 @@ class SaveReport:
 
 @dataclass(frozen=True)
 class Contents:
-    """A file as read: what it says of the model, and its records in order; a tie is the number of an earlier one."""
+    """A file as read: what it says of the model, and its records in order; a tie is the number of an earlier one.
+
+    `framing` says how many bytes hold the parts together, by what they are.
+    """
 
     bare: bool
     manifest: dict[str, Any]
-    manifest_bytes: int
+    packed: bytes
     records: list[Packed | int]
+    framing: dict[str, int]
 
     @property
     def names(self) -> list[str]:
@@ -380,34 +384,12 @@ def _records(contents: Contents) -> dict[str, Packed]:
     return found | {name: found[owner] for name, owner in contents.manifest["ties"].items()}
 
 
-def inspect(path: str | Path, *, limit: int | None = None) -> dict[str, Any]:
-    """What a file says and what it consists of, JSON-able: manifest, and per tensor its layout, coder, bytes and bound.
-
-    Raises:
-        FormatError: the file is truncated, corrupt, newer or not a .fw file.
-    """
-    contents = read(path, limit)
-    rows = [
-        asdict(replace(record.row, name=name))
-        for name, record in zip(contents.names, contents.records, strict=True)
-        if isinstance(record, Packed)
-    ]
-    size, weights = Path(path).stat().st_size, sum(row["bytes"] for row in rows)
-    return {
-        "format": VERSION,
-        "bare": contents.bare,
-        "bytes": size,
-        "weights_bytes": weights,
-        "structure_bytes": size - weights,
-        "manifest_bytes": contents.manifest_bytes,
-        "example_inputs": contents.manifest.get("example_inputs"),
-        "manifest": contents.manifest,
-        "tensors": [{**row, "shape": list(row["shape"])} for row in rows],
-    }
-
-
-def read(path: str | Path, limit: int | None = None, extra: int = 0) -> Contents:
+def read(path: str | Path, limit: int | None = None, extra: int = 0, *, weigh: bool = False) -> Contents:
     """All of a file, checked.
+
+    Args:
+        extra: bytes that it may describe beyond what its length allows.
+        weigh: also find what adaptive models would ideally take.
 
     Raises:
         FormatError: the file is truncated, corrupt, newer or not a .fw file.
@@ -417,7 +399,7 @@ def read(path: str | Path, limit: int | None = None, extra: int = 0) -> Contents
     except OSError as error:
         raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
     with reading(path):
-        return parse(data, allowance(len(data)) + extra if limit is None else limit)
+        return parse(data, allowance(len(data)) + extra if limit is None else limit, weigh=weigh)
 
 
 @contextmanager
@@ -442,7 +424,7 @@ def reading(path: str | Path) -> Iterator[None]:
         raise FormatError(f"{path}: the file is corrupt: what it describes fits no model") from error
 
 
-def parse(data: bytes, limit: int) -> Contents:
+def parse(data: bytes, limit: int, *, weigh: bool = False) -> Contents:
     """The parts of a file.
 
     Raises:
@@ -456,11 +438,13 @@ def parse(data: bytes, limit: int) -> Contents:
     if found != VERSION:
         raise FormatError(f"the file is of version {found}, this program reads version {VERSION}: update featherweight")
     bare = bool(data[2] & BARE)
-    reader = Reader(_checked(data) if bare else data, limit)
+    reader = Reader(_checked(data) if bare else data, limit, weigh=weigh)
     reader.take(3)
     packed = reader.take(reader.varint())
+    head = reader.position - len(packed)
     if not bare:
         _check(reader, 0)
+    start = reader.position
     told = unpack_manifest(packed)
     manifest = checked({key: value for key, value in told.items() if key in BARE_PARTS} if bare else told)
     records = _bare_records(reader) if bare else _blocks(reader)
@@ -468,7 +452,10 @@ def parse(data: bytes, limit: int) -> Contents:
     wanted = len(manifest["names"]) + forms + len(manifest["hidden"])
     if len(records) < forms or (not bare and len(records) != wanted):
         raise FormatError(f"the file is truncated or corrupt: it describes {wanted} tensors and has {len(records)}")
-    return Contents(bare, manifest, len(packed), records)
+    between = len(reader.data) - start - sum(record.row.bytes for record in records if isinstance(record, Packed))
+    checksums = 4 if bare else 4 * (1 + len(records))
+    lengths = {"ties": between} if bare else {"lengths": between - 4 * len(records)}
+    return Contents(bare, manifest, packed, records, {"header": head, "checksums": checksums, **lengths})
 
 
 def _checked(data: bytes) -> bytes:
@@ -490,7 +477,7 @@ def _blocks(reader: Reader) -> list[Packed | int]:
         start = reader.position
         body = reader.take(reader.varint())
         _check(reader, start)
-        inner = Reader(body, reader.allowance)
+        inner = Reader(body, reader.allowance, weigh=reader.weigh)
         records.append(read_tensor(inner))
         if inner.left:
             raise FormatError(f"the file is corrupt: {inner.left} bytes follow a tensor inside its block")

@@ -7,6 +7,7 @@ that learn at two rates; a binary range coder writes the bin at their mean.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -173,7 +174,7 @@ def _put_escape(state: Any, coder: Any, out: Any, value: int, fast: int, slow: i
 
 @njit(cache=True)
 def _get(coder: Any, data: Any, p: int) -> int:
-    """Reads a bin. coder: code, range, position."""
+    """Reads a bin. coder: code, range, position and, to be told it, the ideal length so far in 2**-24 bits."""
     bound = (coder[1] >> 16) * p
     if coder[0] < bound:
         coder[1] = bound
@@ -182,6 +183,8 @@ def _get(coder: Any, data: Any, p: int) -> int:
         coder[0] -= bound
         coder[1] -= bound
         bit = 0
+    if len(coder) > 3:
+        coder[3] -= np.int64(math.log2((p if bit else ONE - p) / ONE) * (1 << 24))
     while coder[1] < TOP:
         coder[1] <<= 8
         coder[0] = (coder[0] << 8) | (data[coder[2]] if coder[2] < len(data) else 0)
@@ -189,11 +192,19 @@ def _get(coder: Any, data: Any, p: int) -> int:
     return bit
 
 
-@njit(cache=True)
-def decode(data: Any, count: int, width: int, fast: int, slow: int) -> Any:
-    """`count` signed values, and how many bytes were looked at; -1 where an escape is longer than any symbol."""
+def ready(weigh: bool) -> Ints:
+    """The state of a decoder before its first byte, with a place for the ideal length if that is asked for."""
+    return np.array([0, 0xFFFFFFFF, 0, 0] if weigh else [0, 0xFFFFFFFF, 0], dtype=np.int64)
+
+
+@njit(cache=True, nogil=True)
+def decode(data: Any, count: int, width: int, fast: int, slow: int, coder: Any) -> Any:
+    """`count` signed values, and how many bytes were looked at; -1 where an escape is longer than any symbol.
+
+    Args:
+        coder: as `ready` makes it.
+    """
     state, values = _fresh(), np.zeros(count, dtype=np.int64)
-    coder = np.array([0, 0xFFFFFFFF, 0], dtype=np.int64)
     for _ in range(4):
         coder[0] = (coder[0] << 8) | (data[coder[2]] if coder[2] < len(data) else 0)
         coder[2] += 1

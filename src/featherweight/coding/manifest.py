@@ -46,8 +46,7 @@ def pack_manifest(data: dict[str, Any]) -> bytes:
         plain = text.encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise BadOption(f"what a file says about its model must be JSON (numbers finite): {error}") from None
-    squeeze = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, WORDS)
-    packed = squeeze.compress(plain) + squeeze.flush()
+    packed = deflated(plain)
     if len(plain) > largest(len(packed)) or _values(plain) > NODES:
         raise BadOption(f"{len(plain)} bytes about a model are more than a file may hold: shorten provenance=")
     try:
@@ -55,6 +54,12 @@ def pack_manifest(data: dict[str, Any]) -> bytes:
     except FormatError as error:
         raise BadOption(f"what a file says about its model cannot be read back: {error}") from None
     return packed
+
+
+def deflated(plain: bytes) -> bytes:
+    """Raw deflate with the words of the format before the first byte."""
+    squeeze = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, WORDS)
+    return squeeze.compress(plain) + squeeze.flush()
 
 
 def largest(length: int) -> int:

@@ -300,12 +300,11 @@ def _put_escape(mixer: Any, coder: Any, out: Any, value: int, pace: int) -> None
 
 
 @njit(cache=True, nogil=True)
-def decode(data: Any, count: int, head: Any) -> Any:
+def decode(data: Any, count: int, head: Any, coder: Any) -> Any:
     """`count` signed values (the points of a trellis), and how many bytes were looked at; -1 where an escape is
     longer than any symbol, or the bytes end too early."""
     width, kernel, trellis, shift, mean, pace = head
     mixer, seen = fresh(), unseen(count, width, kernel, mean)
-    coder = np.array([0, 0xFFFFFFFF, 0], dtype=np.int64)
     for _ in range(4):
         coder[0] = (coder[0] << 8) | (data[coder[2]] if coder[2] < len(data) else 0)
         coder[2] += 1

@@ -46,7 +46,7 @@ def _fixed_encode(symbols: Ints, size: int) -> bytes:
 
 def _fixed_decode(reader: Reader, count: int, size: int) -> Ints:
     width = width_of(size)
-    symbols = unpack_fixed(reader.take(-(-count * width // 8)), count, width)
+    symbols = unpack_fixed(reader.code(-(-count * width // 8)), count, width)
     if width and count and int(symbols.max()) >= size:
         raise FormatError("the file is corrupt: a symbol lies outside its alphabet")
     return symbols

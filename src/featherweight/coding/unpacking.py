@@ -49,11 +49,17 @@ Head = tuple[tuple[int, ...], torch.dtype]
 
 @dataclass(frozen=True)
 class Packed:
-    """A tensor as read: its values, the codes that were declared behind it, and an account of its bytes."""
+    """A tensor as read: its values, the codes that were declared behind it, and an account of its bytes.
+
+    `coded` of its bytes are code words; `spare` of these more than adaptive models ideally
+    take: 0 where there were none or nobody asked.
+    """
 
     tensor: Tensor
     codes: Codes | None
     row: Row
+    coded: int = 0
+    spare: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ def read_tensor(reader: Reader, depth: int = 0) -> Packed:
     Raises:
         FormatError: the bytes are none that a writer makes.
     """
-    start = reader.position
+    start, coded, spare = reader.position, reader.coded, reader.spare
     head = _read_head(reader)
     kind = reader.byte()
     layout = kind & 7
@@ -106,7 +112,12 @@ def read_tensor(reader: Reader, depth: int = 0) -> Packed:
     row = account(head, layout, body.coder, reader.position - start, side + body.side)
     if body.streams is not None:
         row = counted(row, body.streams, body.size)
-    return Packed(body.tensor, body.codes if kind & DECLARED else None, row)
+    packed = Packed(
+        body.tensor, body.codes if kind & DECLARED else None, row, reader.coded - coded, reader.spare - spare
+    )
+    if depth:  # to the tensor that it belongs to, all of it is side information
+        reader.coded, reader.spare = coded, spare
+    return packed
 
 
 def _read_head(reader: Reader) -> Head:
@@ -129,7 +140,7 @@ def _read_raw(reader: Reader, head: Head, kind: int, depth: int) -> Body:
     if number > len(NARROWER):
         raise FormatError(f"the file is corrupt or newer: a tensor is stored as the unknown type {number}")
     stored = NARROWER[number - 1] if number else dtype
-    raw = np.frombuffer(reader.take(prod(shape) * stored.itemsize), dtype=np.uint8)
+    raw = np.frombuffer(reader.code(prod(shape) * stored.itemsize), dtype=np.uint8)
     return Body(from_bytes(raw, stored, shape).to(dtype), 0)
 
 
@@ -244,7 +255,9 @@ def _signed(reader: Reader, head: Head, kind: int, body: Body) -> Body:
     if tensor.dtype not in FLOATS:
         raise FormatError(f"the file is corrupt: a tensor of type {tensor.dtype} has signs of zeros")
     start, zeros = reader.position, tensor == 0
+    coded, spare = reader.coded, reader.spare
     negative = unpack_symbols(reader, int(zeros.sum()), 2)[0]
+    reader.coded, reader.spare = coded, spare  # side information
     signed = torch.zeros(len(negative), dtype=tensor.dtype)
     signed[torch.from_numpy(negative == 1)] = -0.0
     tensor[zeros] = signed

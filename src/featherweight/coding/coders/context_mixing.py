@@ -106,18 +106,21 @@ def context_mixing_decode(reader: Reader, count: int, size: int) -> Ints:
     Raises:
         FormatError: the code is none that a writer makes.
     """
+    from featherweight.coding.context_kernels import ready
     from featherweight.coding.mixing_kernels import decode
 
     centre, width, kernel = reader.varint(), reader.varint(), reader.varint()
     first, second = reader.byte(), reader.byte()
-    data = reader.take(reader.varint())
+    data = reader.code(reader.varint())
     shift, trellis = first & 31, first >> 5
     rows = 0 < width < 1 << 48 and 0 < kernel <= width and width % kernel == 0
     outside = data[:4] == b"\xff" * 4  # such a code lies beyond the first range, and would grow without end
     if centre >= size or not rows or shift > 16 or trellis >= len(TRELLISES) or outside:
         raise FormatError("the file is corrupt: the head of a context-mixing code is impossible")
     code = np.frombuffer(data, dtype=np.uint8)
-    values, used = decode(code, count, (width, kernel, trellis, shift, mean_of(second & 63), PACES[second >> 6]))
+    head, state = (width, kernel, trellis, shift, mean_of(second & 63), PACES[second >> 6]), ready(reader.weigh)
+    values, used = decode(code, count, head, state)
+    reader.spare += len(data) - state[3] / (8 << 24) if reader.weigh else 0
     symbols = values + centre
     if used < len(data) or (count and not 0 <= int(symbols.min()) <= int(symbols.max()) < size):
         raise FormatError("the file is corrupt: a context-mixing code goes on, or leaves its alphabet")

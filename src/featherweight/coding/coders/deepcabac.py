@@ -57,15 +57,17 @@ def deepcabac_decode(reader: Reader, count: int, size: int) -> Ints:
     Raises:
         FormatError: the code is none that a writer makes.
     """
-    from featherweight.coding.context_kernels import decode
+    from featherweight.coding.context_kernels import decode, ready
 
     centre, width, rates = reader.varint(), reader.varint(), reader.byte()
     fast, slow = rates & 15, rates >> 4
-    data = reader.take(reader.varint())
+    data = reader.code(reader.varint())
     outside = data[:4] == b"\xff" * 4  # such a code lies beyond the first range, and would grow without end
     if centre >= size or not 0 < width < 1 << 48 or not fast or not slow or outside or data.endswith(b"\0"):
         raise FormatError("the file is corrupt: the head of a context-adaptive code is impossible")
-    values, used = decode(np.frombuffer(data, dtype=np.uint8), count, width, fast, slow)
+    state = ready(reader.weigh)
+    values, used = decode(np.frombuffer(data, dtype=np.uint8), count, width, fast, slow, state)
+    reader.spare += len(data) - state[3] / (8 << 24) if reader.weigh else 0
     symbols = values + centre
     if used < len(data) or (count and not 0 <= int(symbols.min()) <= int(symbols.max()) < size):
         raise FormatError("the file is corrupt: a context-adaptive code goes on, or leaves its alphabet")

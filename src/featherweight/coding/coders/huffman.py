@@ -103,7 +103,7 @@ def huffman_decode(reader: Reader, count: int, size: int) -> Ints:
         return np.full(count, int(lengths.argmax()), dtype=np.int64)
     if used == 0 or lengths.max() > LONGEST or int((1 << (LONGEST - lengths[lengths > 0])).sum()) != 1 << LONGEST:
         raise FormatError("the file is corrupt: a table of code lengths is that of no prefix code")
-    return _decode(reader.take(reader.varint()), count, lengths)
+    return _decode(reader.code(reader.varint()), count, lengths)
 
 
 def _decode(data: bytes, count: int, lengths: Ints) -> Ints:

@@ -73,7 +73,7 @@ def range_decode(reader: Reader, count: int, size: int) -> Ints:
         FormatError: the code is none that a writer makes.
     """
     model = categorical(read_frequencies(reader, size))
-    decoder = constriction.stream.queue.RangeDecoder(words_of(reader.take(reader.varint())))
+    decoder = constriction.stream.queue.RangeDecoder(words_of(reader.code(reader.varint())))
     try:
         return np.asarray(decoder.decode(model, count), dtype=np.int64)
     except (AssertionError, ValueError):

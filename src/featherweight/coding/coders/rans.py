@@ -37,7 +37,7 @@ def rans_decode(reader: Reader, count: int, size: int) -> Ints:
         FormatError: the code is none that a writer makes.
     """
     model = categorical(read_frequencies(reader, size))
-    data = reader.take(reader.varint())
+    data = reader.code(reader.varint())
     if data.endswith(b"\0"):
         raise FormatError("the file is corrupt: an ANS code ends in a zero")
     words = np.frombuffer(data + b"\0" * (-len(data) % 4), dtype="<u4").astype(np.uint32)
