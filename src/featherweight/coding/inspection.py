@@ -12,7 +12,22 @@ from featherweight.coding.container import VERSION, read
 from featherweight.coding.manifest import deflated, unpack_manifest
 from featherweight.coding.unpacking import Packed
 
-PARTS = frozenset("swaps edits kept activations names ties frozen wiring hidden tool provenance example_inputs".split())
+PARTS = frozenset(
+    [
+        "swaps",
+        "edits",
+        "kept",
+        "activations",
+        "names",
+        "ties",
+        "frozen",
+        "wiring",
+        "hidden",
+        "tool",
+        "provenance",
+        "example_inputs",
+    ]
+)
 LONGEST = 1 << 20  # bytes of JSON that are deflated part by part
 COMPACT: dict[str, Any] = {"separators": (",", ":"), "ensure_ascii": False}
 
