@@ -271,6 +271,7 @@ GOLDEN_FILES: dict[str, tuple[Any, dict[str, Any]]] = {
     "rules_ans": (rules, {"coder": "ans"}),
     "rules_adaptive": (rules, {"coder": "deepcabac"}),
     "rules_mixing": (rules, {"coder": "context_mixing"}),
+    "rules_fast": (rules, {"coder": "fast"}),
     "rules_fixed": (rules, {"bare": True, "coder": "sparse_index"}),
     "blocks": (blocks, {"provenance": {"seed": 3}}),
     "columns": (columns, {"provenance": {"seed": 4}}),

@@ -159,7 +159,10 @@ def symbols(source: Bytes, count: int, size: int) -> list[int]:
     if head & 3 == 0:
         if size <= 1 or not count:
             return [0] * count
-        return (fixed, huffman, range_code, ans, adaptive, mixed)[head >> 2](source, count, size)
+        return (fixed, huffman, range_code, ans, adaptive, mixed, interleaved)[head >> 2](source, count, size)
+    if head & 3 == 3:
+        sizes = [(source.varint(), source.varint()) for _ in range(source.varint())]
+        return [one for some, length in sizes for one in symbols(Bytes(source.take(length)), some, size)]
     background = source.varint()
     if head & 3 == 2:
         mask = symbols(source, count, 2)
@@ -239,6 +242,24 @@ def ans(source: Bytes, count: int, size: int) -> list[int]:
         state = (state >> 24) * (starts[symbol + 1] - starts[symbol]) + slot - starts[symbol]
         if state < 1 << 32 and words:
             state = state << 32 | words.pop()
+    return out
+
+
+def interleaved(source: Bytes, count: int, size: int) -> list[int]:
+    first = source.take(1)[0]
+    bits, lanes = first & 31, 1 << (first >> 5)
+    starts = np.cumsum([0, *integers(source, size)]).tolist()
+    number = source.varint()
+    states = np.frombuffer(source.take(4 * lanes), "<u4").tolist()
+    words, out = iter(np.frombuffer(source.take(2 * number), "<u2").tolist()), list[int]()
+    for i in range(count):
+        state = states[i % lanes]
+        slot = state & ((1 << bits) - 1)
+        symbol = bisect_right(starts, slot) - 1
+        out.append(symbol)
+        state = (starts[symbol + 1] - starts[symbol]) * (state >> bits) + slot - starts[symbol]
+        states[i % lanes] = state << 16 | next(words) if state < 1 << 16 else state
+    assert states == [1 << 16] * lanes and next(words, None) is None  # noqa: PT018
     return out
 
 

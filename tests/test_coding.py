@@ -22,6 +22,7 @@ import independent_reader
 from featherweight.coding import inspect, load, pack_tensor, save, unpack, unpack_codes, unpack_tensor
 from featherweight.coding.bits import Reader, entropy_bits, pack, pack_fixed, pack_list, unpack_fixed, unpack_list
 from featherweight.coding.coders.huffman import code_lengths, huffman, huffman_decode
+from featherweight.coding.coders.interleaved_rans import interleaved_decode, interleaved_rans
 from featherweight.coding.coders.range_coder import range_coder, range_decode
 from featherweight.coding.coders.rans import rans, rans_decode
 from featherweight.coding.coders.sparse_index import from_gaps, sparse_index
@@ -50,8 +51,13 @@ from golden_models import GOLDEN_FILES, fresh
 
 GOLDEN = Path(__file__).parent / "golden"
 REGENERATE = "FEATHERWEIGHT_REGENERATE"
-CODERS = (None, "huffman", "range_coder", "rans", "sparse_index", "fixed")
-ENTROPY = {"huffman": (huffman, huffman_decode), "range": (range_coder, range_decode), "ans": (rans, rans_decode)}
+CODERS = (None, "huffman", "range_coder", "rans", "sparse_index", "fixed", "fast")
+ENTROPY = {
+    "huffman": (huffman, huffman_decode),
+    "range": (range_coder, range_decode),
+    "ans": (rans, rans_decode),
+    "interleaved": (interleaved_rans, interleaved_decode),
+}
 PLENTY = 1 << 30
 
 
@@ -683,5 +689,5 @@ def test_the_reader_needs_the_page_alone_and_is_short() -> None:
     code = [line for line in source.splitlines() if line.strip() and not line.strip().startswith(("#", '"""'))]
     imports = [line.split()[1].partition(".")[0] for line in code if line.startswith(("import ", "from "))]
     assert {*imports} <= {*sys.stdlib_module_names, "numpy"}
-    assert len(code) - len(imports) <= 330  # six layouts of tensors, six coders
+    assert len(code) - len(imports) <= 355  # six layouts of tensors, seven coders
     assert independent_reader.WORDS == WORDS

@@ -98,7 +98,7 @@ def save(
         example_inputs: their shapes and types are written down, and the model is traced with them; a bare file
             needs none.
         coder: "huffman", "range_coder" ("range"), "rans" ("ans"), "sparse_index" (fixed widths), "deepcabac" ("cabac"),
-            "context_mixing" ("cm"), "smallest" (all of them);
+            "context_mixing" ("cm"), "smallest" (all of these), "fast" (interleaved ANS);
             None for the shortest of the first four.
         bare: the smallest file that `load(into=)` can restore: no names, no provenance, one checksum.
         class_free: also write the model's graph as data, so that `load` needs no class. Where that cannot be done the

@@ -245,6 +245,16 @@ def levels(whole: Ints, trellis: int) -> Any:
     return found, True
 
 
+@njit(cache=True)
+def states(found: Ints, trellis: int) -> Any:
+    """The state of a trellis before each of its levels."""
+    out, state = np.zeros(len(found), dtype=np.int64), 0
+    for i in range(len(found)):
+        out[i] = state
+        state = STATES[trellis, state, abs(found[i]) & 1]
+    return out
+
+
 # --- the two directions -----------------------------------------------------------------------------------------------
 
 

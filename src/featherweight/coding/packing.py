@@ -57,7 +57,7 @@ def pack_tensor(tensor: Tensor, codes: Codes | None = None, *, coder: str | None
     Args:
         codes: the integers behind it; used if they decode to the tensor, else the values are looked at.
         coder: "huffman", "range_coder" ("range"), "rans" ("ans"), "sparse_index" (fixed widths), "deepcabac" ("cabac"),
-            "context_mixing" ("cm"), "smallest" (all of them);
+            "context_mixing" ("cm"), "smallest" (all of these), "fast" (interleaved ANS);
             None for the shortest of the first four.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,9 +12,11 @@ from featherweight.coding.bits import Ints, Reader, entropy_bits, pack_fixed, un
 from featherweight.coding.coders.context_mixing import context_mixing, context_mixing_decode
 from featherweight.coding.coders.deepcabac import deepcabac, deepcabac_decode
 from featherweight.coding.coders.huffman import huffman, huffman_decode, huffman_size
+from featherweight.coding.coders.interleaved_rans import interleaved_decode, interleaved_rans, interleaved_size
 from featherweight.coding.coders.range_coder import entropy_coder_size, range_coder, range_decode
 from featherweight.coding.coders.rans import rans, rans_decode
 from featherweight.coding.coders.sparse_index import from_gaps, run_lengths, sparse_index
+from featherweight.coding.threads import each
 from featherweight.errors import FormatError, unknown
 
 WIDEST = 1 << 16  # symbols that a table of code lengths or frequencies may have
@@ -21,8 +24,11 @@ LARGEST = 1 << 32  # symbols that a stream of fixed width may have
 WIDEST_GAP = 12  # bits that a writer gives a gap; the format allows 32
 FEWEST = 32  # symbols from which contexts can have learned anything
 SYMBOL = 4  # bytes that a symbol is booked at while a file is read, and the time that it takes with them
-DENSE, GAPS, MASK = 0, 1, 2  # layouts, the low two bits of a stream's first byte
-LAYOUTS = ("dense", "gaps", "bitmask")
+DENSE, GAPS, MASK, BLOCKS = 0, 1, 2, 3  # layouts, the low two bits of a stream's first byte
+LAYOUTS = ("dense", "gaps", "bitmask", "blocks")
+LONG, BLOCK = 1 << 20, 1 << 19  # symbols beyond which a stream is cut, and of a block
+FAST_BLOCK = 1 << 18  # of a block, where speed counts
+LEAST_BLOCK = 1 << 12  # symbols that a block has, but for the last one: many small ones would be slow to read
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Coder:
 
     name: str
     encode: Callable[[Ints, int], bytes]
-    decode: Callable[[Reader, int, int], Ints]
+    decode: Callable[[Reader, int, int], Any]
     size: Callable[[Ints], float]
 
 
@@ -64,8 +70,9 @@ CODERS = (
     Coder("rans", rans, rans_decode, entropy_coder_size),
     Coder("deepcabac", deepcabac, deepcabac_decode, entropy_coder_size),
     Coder("context_mixing", context_mixing, context_mixing_decode, entropy_coder_size),
+    Coder("interleaved_rans", interleaved_rans, interleaved_decode, interleaved_size),
 )
-FIXED, CONTEXT, MIXING = 0, 4, 5
+FIXED, CONTEXT, MIXING, FAST = 0, 4, 5, 6
 ALLOWED = {
     None: (0, 1, 2, 3),
     "fixed": (0,),
@@ -80,6 +87,7 @@ ALLOWED = {
     "context_mixing": (0, 5),
     "cm": (0, 5),
     "smallest": (0, 1, 2, 3, 4, 5),
+    "fast": (0, 6),
 }
 
 
@@ -108,6 +116,10 @@ def pack_symbols(
             are the adaptive coders tried, which have no size that counts foretell.
         zero: the symbol that stands for zero, on an integer grid.
     """
+    if FAST in coders and 1 < size <= WIDEST and len(symbols) > FAST_BLOCK:
+        return _pack_blocks(symbols, size, coders, [*range(FAST_BLOCK, len(symbols), FAST_BLOCK)], widths, zero)
+    if len(symbols) > LONG and 1 < size <= WIDEST:
+        return _pack_blocks(symbols, size, coders, _cuts(symbols, widths, zero), widths, zero)
     made = [_pack_static(symbols, size, tuple(c for c in coders if c not in (CONTEXT, MIXING)))]
     if not widths or size <= 1 or size > WIDEST or len(symbols) < FEWEST:
         return made[0]
@@ -123,6 +135,8 @@ def _pack_static(symbols: Ints, size: int, coders: tuple[int, ...]) -> bytes:
         return bytes([DENSE | FIXED << 2])
     if size > WIDEST:
         coders = (FIXED,)
+    if FAST in coders:
+        return _dense(symbols, size, coders)
     counts = np.bincount(symbols, minlength=size) if size <= WIDEST else np.array([len(symbols)])
     background = int(counts.argmax())
     if size > WIDEST or counts[background] * 4 < len(symbols):  # no layout but the dense one can win
@@ -191,11 +205,101 @@ def _gaps(symbols: Ints, size: int, coders: tuple[int, ...], background: int = 0
     return head + _dense(gaps, 1 << bits, coders) + _dense(entries, size, coders)
 
 
+def _cuts(symbols: Ints, widths: Sequence[int], zero: int | None) -> list[int]:
+    """Where a long stream is cut: at the end of rows, and where a trellis, if these are its points, is in state 0."""
+    width = next((w for w in widths if 0 < w <= BLOCK // 8), 1)
+    ends = np.arange(width, len(symbols), width)
+    if zero is not None:
+        state = _states(symbols - zero)
+        ends = ends[state[ends] == 0] if state is not None else ends
+    found: list[int] = []
+    for aim in range(BLOCK, len(symbols) - BLOCK // 2, BLOCK):
+        near = int(ends[np.abs(ends - aim).argmin()]) if len(ends) else 0
+        if near - (found[-1] if found else 0) >= LEAST_BLOCK:
+            found.append(near)
+    return found
+
+
+def _states(whole: Ints) -> Ints | None:
+    """The state of the trellis before each of its points, None if these are any integers."""
+    from featherweight.coding.mixing_kernels import levels, states
+
+    for trellis in (2, 1):
+        found, fits = levels(whole, trellis)
+        if fits and (whole & 1).any():
+            return np.asarray(states(found, trellis))
+    return None
+
+
+def _pack_blocks(
+    symbols: Ints, size: int, coders: tuple[int, ...], cuts: list[int], widths: Sequence[int], zero: int | None
+) -> bytes:
+    pieces = np.split(symbols, cuts)
+    streams = each(lambda piece: pack_symbols(piece, size, coders, widths, zero), pieces)
+    sizes = b"".join(varint(len(p)) + varint(len(s)) for p, s in zip(pieces, streams, strict=True))
+    return bytes([BLOCKS]) + varint(len(pieces)) + sizes + b"".join(streams)
+
+
 def described(stream: bytes, size: int) -> str:
     """How a stream is laid out and coded, in words."""
     if size <= 1:
         return "constant"
     return CODERS[stream[0] >> 2].name if stream[0] & 3 == DENSE else LAYOUTS[stream[0] & 3]
+
+
+Take = Callable[[int, Any], None]  # what to do with the symbols from a given one on
+
+
+def unpack_into(reader: Reader, count: int, size: int, take: Take) -> str:
+    """Hands `count` symbols in 0..size-1 over, block by block if there are some, in any order and maybe in threads.
+
+    Returns how they were laid out and coded, in words.
+
+    Raises:
+        FormatError: the stream is none that a writer makes.
+    """
+    if not reader.left or reader.data[reader.position] & 3 != BLOCKS:
+        symbols, coder = unpack_symbols(reader, count, size)
+        take(0, symbols)
+        return coder
+    reader.spend(count * SYMBOL)
+    blocks = _read_blocks(reader, count, size)
+    inner = [Reader(data, 4 * some * SYMBOL + (1 << 16), weigh=reader.weigh) for _, some, data in blocks]
+
+    def one(number: int) -> str:
+        start, some, _ = blocks[number]
+        symbols, coder = unpack_symbols(inner[number], some, size)
+        if inner[number].left:
+            raise FormatError("the file is corrupt: bytes follow the symbols of a block")
+        take(start, symbols)
+        return coder
+
+    coders = each(one, range(len(blocks)))
+    reader.coded += sum(own.coded for own in inner)
+    reader.spare += sum(own.spare for own in inner)
+    return f"{len(blocks)} blocks ({', '.join(dict.fromkeys(coders))})"
+
+
+def _read_blocks(reader: Reader, count: int, size: int) -> list[tuple[int, int, bytes]]:
+    """Of each block the first symbol, how many there are, and its stream."""
+    head, number = reader.byte(), reader.varint()
+    if head != BLOCKS or not 1 < size <= WIDEST or not 0 < number <= count // LEAST_BLOCK + 1:
+        raise FormatError(f"the file is corrupt: {count} symbols are cut into {number} blocks")
+    sizes = [(reader.varint(), reader.varint()) for _ in range(number)]
+    if sum(some for some, _ in sizes) != count or any(some < LEAST_BLOCK for some, _ in sizes[:-1]):
+        raise FormatError("the file is corrupt: blocks do not make their stream")
+    starts = np.cumsum([0, *(some for some, _ in sizes)]).tolist()
+    return [(start, some, reader.take(length)) for start, (some, length) in zip(starts, sizes, strict=False)]
+
+
+def unpack_all(reader: Reader, count: int, size: int) -> tuple[Any, str]:
+    """All `count` symbols in 0..size-1, in the narrowest type, and how they were laid out and coded, in words."""
+    found = np.empty(count, dtype=np.uint8 if size <= 256 else np.uint16 if size <= WIDEST else np.int64)
+
+    def take(start: int, symbols: Ints) -> None:
+        found[start : start + len(symbols)] = symbols
+
+    return found, unpack_into(reader, count, size, take)
 
 
 def unpack_symbols(reader: Reader, count: int, size: int, depth: int = 0) -> tuple[Ints, str]:

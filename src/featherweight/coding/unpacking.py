@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,18 +30,21 @@ from featherweight.coding.records import (
     ZEROS,
     Row,
     account,
+    bytes_of,
     counted,
     counts,
     from_bytes,
     grid_fits,
+    patterns_of,
     tables_fit,
 )
-from featherweight.coding.streams import LARGEST, WIDEST, unpack_symbols
+from featherweight.coding.streams import LARGEST, WIDEST, unpack_all, unpack_into, unpack_symbols
 from featherweight.core.forms import Affine, Codes, Product, Table
 from featherweight.errors import FormatError
 
 FREE = 16 << 20  # bytes that a file may describe, however short it is
 PER_BYTE = 256  # bytes that each byte of a file may describe beyond that
+PIECE = 1 << 15  # elements that are worked on at a time where it takes copies
 LARGEST_TENSOR = 1 << 48  # elements: what lies beyond cannot be counted safely
 Head = tuple[tuple[int, ...], torch.dtype]
 
@@ -149,18 +151,22 @@ def _read_planes(reader: Reader, head: Head, kind: int, depth: int) -> Body:
     size = dtype.itemsize
     if size not in PATTERNS or dtype == torch.bool or dtype.is_complex:
         raise FormatError(f"the file is corrupt: a tensor of type {dtype} is stored in planes of bytes")
-    raw = np.empty((prod(shape), size), dtype=np.uint8)
-    streams = []
+    tensor = torch.empty(shape, dtype=dtype)
+    raw = bytes_of(tensor).reshape(-1, size)
     for place in range(size):
-        plane = unpack_symbols(reader, len(raw), 256)[0]
-        streams.append(counts(plane, 256))
-        raw[:, place] = plane
-    flat = raw.reshape(-1)
+
+        def take(start: int, plane: Ints, place: int = place) -> None:
+            raw[start : start + len(plane), place] = plane
+
+        unpack_into(reader, len(raw), 256, take)
+    streams = [counts(raw[:, place].astype(np.int64), 256) for place in range(size)] if reader.weigh else None
     if dtype.is_floating_point:
-        bits = flat.view(PATTERNS[size])
+        bits = raw.reshape(-1).view(PATTERNS[size])
         one, rest = bits.dtype.type(1), bits.dtype.type(8 * size - 1)
-        flat = (bits >> one | bits << rest).view(np.uint8)
-    return Body(from_bytes(flat, dtype, shape), 0, "per byte", streams, 256)
+        for start in range(0, len(bits), PIECE):
+            some = bits[start : start + PIECE]
+            some[:] = some >> one | some << rest
+    return Body(tensor, 0, "per byte", streams, 256)
 
 
 def _read_table(reader: Reader, head: Head, kind: int, depth: int) -> Body:
@@ -170,18 +176,66 @@ def _read_table(reader: Reader, head: Head, kind: int, depth: int) -> Body:
     if values.dtype != dtype or values.dim() != 1 or not 0 < len(values) <= WIDEST:
         raise FormatError("the file is corrupt: a table of values has another type or shape than its tensor")
     side = reader.position - start
-    symbols, coder = unpack_symbols(reader, prod(shape), len(values))
-    streams = [counts(symbols, len(values))]
-    tensor = values[torch.from_numpy(symbols)].view(shape)
-    codes = _declared(kind, symbols.astype(np.int32), shape, Table(values), shape)
-    return Body(tensor, side, coder, streams, len(values), codes)
+    made = Weights(reader, head, Table(values), torch.int32 if kind & DECLARED else None)
+    coder = unpack_into(reader, prod(shape), len(values), made.take)
+    return Body(made.weight, side, coder, made.streams(len(values)), len(values), made.codes())
 
 
-def _declared(
-    kind: int, symbols: Any, seen: tuple[int, ...], rule: Table | Affine | Product, shape: tuple[int, ...]
-) -> Codes | None:
-    """The codes of a record that says that they were declared; `seen` is the shape of the symbols."""
-    return Codes(torch.from_numpy(symbols).view(seen), rule, shape) if kind & DECLARED else None
+class Weights:
+    """A weight that symbols are turned into block by block, and the integers behind it if these are to be kept."""
+
+    def __init__(
+        self, reader: Reader, head: Head, rule: Table | Affine, keep: torch.dtype | None, low: int = 0, size: int = 0
+    ) -> None:
+        self.rule, self.low, (self.shape, dtype) = rule, low, head
+        self.weight = torch.empty(self.shape, dtype=dtype)
+        self.whole = None if keep is None else torch.empty(self.shape, dtype=keep)
+        self.table = self._table(dtype, size)
+        self.weigh, self.seen = reader.weigh, list[Ints]()
+
+    def _table(self, dtype: torch.dtype, size: int) -> Tensor | None:
+        """The weight for each symbol, where it is the same all over the tensor and there are not too many."""
+        if isinstance(self.rule, Table):
+            return self.rule.values
+        if self.rule.scale.numel() > 1 or self.rule.zero_point.numel() > 1 or size > max(256, self.weight.numel()):
+            return None
+        return Affine(self.rule.scale.view(()), self.rule.zero_point.view(())).decode(
+            torch.arange(self.low, self.low + size), (size,)
+        )
+
+    def take(self, start: int, symbols: Ints) -> None:
+        flat = self.weight.view(-1)[start : start + len(symbols)]
+        if self.weigh:
+            self.seen.append(symbols)
+        if self.whole is not None:
+            kept = self.whole.view(-1)[start : start + len(symbols)]
+            kept.copy_(torch.from_numpy(symbols))
+            kept += self.low
+        if self.table is not None and self.table.element_size() <= 8:
+            patterns_of(flat)[:] = patterns_of(self.table)[symbols]
+            return
+        for at in range(0, len(symbols), PIECE):
+            some = symbols[at : at + PIECE].astype(np.int64)
+            some += self.low
+            flat[at : at + PIECE] = self._along(start + at, torch.from_numpy(some))
+
+    def _along(self, start: int, whole: Tensor) -> Tensor:
+        """The weights of some integers, each at the scale and zero point of its place."""
+        if isinstance(self.rule, Table):
+            return self.rule.decode(whole, (len(whole),))
+        place = torch.arange(start, start + len(whole))
+        if self.rule.block is not None:
+            place //= self.rule.block
+        elif self.rule.axis is not None:
+            place = place // prod(self.shape[self.rule.axis + 1 :]) % self.shape[self.rule.axis]
+        scale, zero = (v[place] if v.numel() > 1 else v.view(()) for v in (self.rule.scale, self.rule.zero_point))
+        return Affine(scale, zero, 0).decode(whole, (len(whole),))
+
+    def streams(self, size: int) -> list[Ints] | None:
+        return [counts(np.concatenate(self.seen).astype(np.int64), size)] if self.weigh else None
+
+    def codes(self) -> Codes | None:
+        return None if self.whole is None else Codes(self.whole, self.rule, self.shape)
 
 
 def _read_affine(reader: Reader, head: Head, kind: int, depth: int) -> Body:
@@ -201,13 +255,9 @@ def _read_affine(reader: Reader, head: Head, kind: int, depth: int) -> Body:
     if not limits.min <= low <= low + size - 1 <= limits.max:
         raise FormatError(f"the file is corrupt: integers from {low} to {low + size - 1} are no {integers}")
     side = reader.position - start
-    symbols, coder = unpack_symbols(reader, prod(shape), size)
-    streams = [counts(symbols, size)]
-    symbols += low
-    codes = Codes(torch.from_numpy(symbols).to(integers).view(shape), rule, shape)
-    del symbols
-    kept = codes if kind & DECLARED else None
-    return _signed(reader, head, kind, Body(codes.decode(), side, coder, streams, size, kept))
+    made = Weights(reader, head, rule, integers if kind & DECLARED else None, low, size)
+    coder = unpack_into(reader, prod(shape), size, made.take)
+    return _signed(reader, head, kind, Body(made.weight, side, coder, made.streams(size), size, made.codes()))
 
 
 def _read_product(reader: Reader, head: Head, kind: int, depth: int) -> Body:
@@ -224,8 +274,8 @@ def _read_product(reader: Reader, head: Head, kind: int, depth: int) -> Body:
     seen = (*books.shape[:-3], rows, books.shape[-3])
     copies = len(seen) - 2 + (axis is not None)
     reader.spend(copies * prod(seen) * books.shape[-1] * dtype.itemsize)  # stages are added one by one
-    symbols, coder = unpack_symbols(reader, prod(seen), books.shape[-2])
-    streams = [counts(symbols, books.shape[-2])]
+    symbols, coder = unpack_all(reader, prod(seen), books.shape[-2])
+    streams = [counts(symbols, books.shape[-2])] if reader.weigh else None
     codes = Codes(torch.from_numpy(symbols.astype(np.int32)).view(seen), Product(books, axis), shape)
     del symbols
     kept = codes if kind & DECLARED else None
@@ -238,9 +288,9 @@ def _read_tables(reader: Reader, head: Head, kind: int, depth: int) -> Body:
     if not tables_fit(head, values, axis):
         raise FormatError("the file is corrupt: tables of values have another type or shape than their tensor")
     side, size = reader.position - start, values.shape[1]
-    symbols, coder = unpack_symbols(reader, prod(shape), size)
+    symbols, coder = unpack_all(reader, prod(shape), size)
     codes = Codes(torch.from_numpy(symbols.astype(np.int32)).view(shape), Table(values, axis), shape)
-    streams = [counts(symbols, size)]
+    streams = [counts(symbols, size)] if reader.weigh else None
     kept = codes if kind & DECLARED else None
     return _signed(reader, head, kind, Body(codes.decode(), side, coder, streams, size, kept))
 
