@@ -42,7 +42,7 @@ def case(number: int, seed: int, honest: tuple[Seed, ...]) -> tuple[Seed, str, b
     """The seed file, what is done to it and the damaged bytes; every second case has its checksums made right."""
     rng = np.random.default_rng([seed, number])
     chosen = honest[int(rng.integers(len(honest)))]
-    what, data = mutated(chosen.data, rng, sign=number % 2 == 1)
+    what, data = mutated(chosen.data, rng, sign=number % 2 == 1, shapes=chosen.shapes)
     return chosen, what, data, rng
 
 

@@ -257,6 +257,43 @@ def network() -> nn.Module:
     return model.eval()
 
 
+class Small(nn.Module):
+    """A little network of convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3)
+        self.fc, self.again = nn.Linear(24, 10), nn.Linear(24, 10, bias=False)
+
+
+def on_trellis(levels: Tensor) -> Tensor:
+    """The points of dependent quantization with eight states that these levels stand for."""
+    follows, state = ((0, 2), (7, 5), (1, 3), (6, 4), (2, 0), (5, 7), (3, 1), (4, 6)), 0
+    points = []
+    for level in levels.reshape(-1).tolist():
+        points.append(2 * level - state % 2 * ((level > 0) - (level < 0)))
+        state = follows[state][level % 2]
+    return torch.tensor(points).view(levels.shape)
+
+
+def small() -> nn.Module:
+    """Small integers throughout, biases too; steps of every kind, points of a trellis, tied weights."""
+    model = Small()
+    steps = [0.25, 1 / 3, 0.25, 0.0703125, 0.25, 0.1015625]
+    tensors = [(m, n) for m in (model.conv1, model.conv2, model.fc) for n in ("bias", "weight")]
+    for turn, ((module, name), step) in enumerate(zip(tensors, steps, strict=True)):
+        shape = getattr(module, name).shape
+        whole = (noise(shape.numel(), 7 + turn) - 3 - turn // 2).view(shape)
+        whole = on_trellis(whole) if turn in (3, 5) else whole * (whole.abs() > 1)
+        codes = Codes(
+            whole.to(torch.int8), Affine(torch.tensor(step), torch.tensor(0, dtype=torch.int32)), tuple(shape)
+        )
+        getattr(module, name).data.copy_(codes.decode())
+        declare_codes(module, name, codes)
+    model.again.weight = model.fc.weight
+    return model
+
+
 # name -> (the model, options of `save`)
 GOLDEN_FILES: dict[str, tuple[Any, dict[str, Any]]] = {
     "full": (golden_model, {"provenance": {"seed": 0}}),
@@ -278,12 +315,17 @@ GOLDEN_FILES: dict[str, tuple[Any, dict[str, Any]]] = {
     "blocks_bare": (blocks, {"bare": True, "coder": "deepcabac"}),
     "blocks_mixing": (blocks, {"bare": True, "coder": "context_mixing"}),
     "types": (types, {}),
+    "types_compact": (types, {"bare": True, "coder": "context_mixing"}),
+    "rules_compact": (rules, {"bare": True, "coder": "context_mixing"}),
+    "network_compact": (network, {"bare": True, "coder": "context_mixing"}),
+    "small": (small, {"bare": True, "coder": "context_mixing"}),
     "network": (network, {"provenance": {"seed": 2}, "example_inputs": torch.zeros(2, 1, 8, 8), "class_free": False}),
     "network_bare": (network, {"bare": True}),
     "network_wired": (network, {"example_inputs": torch.zeros(2, 1, 8, 8)}),
     "graph": (graph, {"example_inputs": GRAPH_INPUTS}),
 }
 FRESH = {
+    small: Small,
     network: GoldenNet,
     graph: GoldenGraph,
 }  # the class into which a file is loaded, if it is not the model as it is saved

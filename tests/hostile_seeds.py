@@ -5,13 +5,15 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from featherweight.coding import load, save
+from featherweight.coding import compact, load, save
+from featherweight.coding.container import shapes_of
+from featherweight.coding.manifest import checked, unpack_manifest
 from featherweight.core.recurrent import shared
 from featherweight.core.structured import from_dense
 from golden_models import GOLDEN_FILES, fresh
@@ -20,13 +22,20 @@ from test_coding import Net, Tied, compressed
 GOLDEN = Path(__file__).parent / "golden"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Seed:
     """An honest file, and a function that makes a model into which it can be loaded."""
 
     name: str
     data: bytes
     fresh: Callable[[], nn.Module] | None
+
+    @cached_property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Those that the checksum of a compact file counts in."""
+        if self.fresh is None or not compact.is_compact(self.data):
+            return []
+        return shapes_of(self.fresh(), checked(unpack_manifest(compact.cut(self.data).described)))
 
 
 def tied() -> nn.Module:

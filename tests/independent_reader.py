@@ -40,8 +40,13 @@ class Bytes:
         assert zlib.crc32(self.data[start : self.at]).to_bytes(4, "little") == self.take(4)
 
 
-def read(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description, and (number of the type, shape, little-endian elements) of every tensor by name or number."""
+def read(data: bytes, shapes: list[tuple[int, ...]] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description, and (number of the type, shape, little-endian elements) of every tensor by name or number.
+
+    A compact file needs the shapes of the model's tensors.
+    """
+    if data[0] >= 0xE0:
+        return compact(data, shapes or [])
     bare, source, found = data[2] >= 128, Bytes(data), list[Tensor]()
     assert source.take(3) in (b"FW\x01", b"FW\x81")
     told = json.loads(zlib.decompressobj(-15, WORDS).decompress(source.take(source.varint())) or "{}")
@@ -68,9 +73,12 @@ def read(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def tensor(source: Bytes) -> Tensor:
     first = source.take(1)[0]
     shape = tuple(source.varint() for _ in range(source.varint() if first >> 5 == 7 else first >> 5))
+    return first & 31, shape, body(source, first & 31, shape)
+
+
+def body(source: Bytes, kind: int, shape: tuple[int, ...]) -> bytes:
     byte = source.take(1)[0]
-    elements = (raw, planes, table, affine, product, tables)[byte & 7](source, first & 31, shape, byte)
-    return first & 31, shape, elements.tobytes()
+    return (raw, planes, table, affine, product, tables)[byte & 7](source, kind, shape, byte).tobytes()
 
 
 def values(kind: int, data: bytes) -> np.ndarray:
@@ -119,10 +127,17 @@ def affine(source: Bytes, kind: int, shape: tuple[int, ...], byte: int) -> np.nd
     along = [-1 if d == axis else 1 for d in range(len(shape))]
     low = zigzag >> 1 if zigzag % 2 == 0 else -(zigzag >> 1) - 1
     whole = (np.array(symbols(source, prod(shape), size), "i8") + low).reshape(shape)
+    return signed(source, on_grid(kind, whole, (scale_kind, scale), (zero_kind, zero), along), byte)
+
+
+def on_grid(
+    kind: int, whole: np.ndarray, held: tuple[int, bytes], zeros: tuple[int, bytes], along: list[int]
+) -> np.ndarray:
+    (scale_kind, scale), (zero_kind, zero) = held, zeros
     offset = values(zero_kind, zero).reshape(along)
     gap = whole - offset if offset.dtype == "i8" else rounded(zero_kind, rounded(zero_kind, whole) - offset)
     gap = gap if TYPES[zero_kind] == "f8" else rounded(scale_kind, gap)
-    return signed(source, elements_of(kind, (gap * values(scale_kind, scale).reshape(along)).reshape(-1)), byte)
+    return elements_of(kind, (gap * values(scale_kind, scale).reshape(along)).reshape(-1))
 
 
 def product(source: Bytes, kind: int, shape: tuple[int, ...], byte: int) -> np.ndarray:
@@ -325,8 +340,8 @@ def bucket(x: int, steps: int) -> int:
 class Mixture:
     """Range decoder, cells and weights of a context-mixing code."""
 
-    def __init__(self, data: bytes, pace: int) -> None:
-        self.data, self.pace = iter(data), pace
+    def __init__(self, data: bytes) -> None:
+        self.data, self.pace = iter(data), 0
         self.code, self.span = int.from_bytes([next(self.data, 0) for _ in range(4)], "big"), (1 << 32) - 1
         self.cells, self.weights = dict[tuple[int, ...], list[int]](), dict[tuple[int, ...], list[int]]()
 
@@ -361,8 +376,16 @@ class Mixture:
 def mixed(source: Bytes, count: int, size: int) -> list[int]:
     centre, width, kernel = source.varint(), source.varint(), source.varint()
     first, second = source.take(2)
-    shift, table, level = first & 31, NEXT[first >> 5], second & 63
-    mixture = Mixture(source.take(source.varint()), (2, 4, 7, 14)[second >> 6])
+    mixture = Mixture(source.take(source.varint()))
+    return [
+        centre + v for v in modelled(mixture, count, width, kernel, first & 31, first >> 5, second >> 6, second & 63)
+    ]
+
+
+def modelled(
+    mixture: Mixture, count: int, width: int, kernel: int, shift: int, trellis: int, pace: int, level: int
+) -> list[int]:
+    table, mixture.pace = NEXT[trellis], (2, 4, 7, 14)[pace]
     mean = 4 * (level if level < 16 else (8 + level % 8) << (level // 8 - 1))
     out, sizes, state, fast = list[int](), list[int](), 0, mean
     sums: dict[object, int] = {}
@@ -402,11 +425,107 @@ def mixed(source: Bytes, count: int, size: int) -> list[int]:
             one, two, far, up, higher = (1 + int(np.sign(out[i - d])) if fits else 1 for d, fits in steps)
             signs = [3 * one + two, 3 * far + up, 3 * up + higher, 3 * one + up, 9 * one + 3 * far + up, 0]
             value = -value if mixture.bit(15, signs, [0] * 6, 0, 0, 0) else value
-        out.append(2 * value - odd * int(np.sign(value)) if first >> 5 else value)
+        out.append(2 * value - odd * int(np.sign(value)) if trellis else value)
         sizes.append(min((2 * abs(value) - (odd if value else 0)) >> shift, 1 << 20))
         grown = 128 * sizes[-1]
         for key in ("all", "row", ("column", x), ("input", which), ("place", place)):
             sums[key] = sums.get(key, 0) + grown
         fast += (grown - fast) >> 2 if grown > fast else -((fast - grown) >> 2)
         state = int(table[state][value % 2])
-    return [value + centre for value in out]
+    return out
+
+
+# --- compact files ----------------------------------------------------------------------------------------------------
+
+SCALES = (128, 140, 152, 166, 181, 197, 215, 235)
+
+
+class Compact(Mixture):
+    """The one stream of a compact file, and what its tensors have to do with one another."""
+
+    def __init__(self, stream: bytes, front: bytes, shapes: list[tuple[int, ...]]) -> None:
+        super().__init__(stream)
+        self.front, self.shapes = Bytes(front), shapes
+        self.held, self.last, self.found = dict[tuple[int, bool], list[int]](), dict[bool, bytes](), list[Tensor]()
+
+    def yes(self, question: int, vector: bool = False) -> int:
+        cell = self.held.setdefault((question, vector), [1 << 13, 2])
+        one = self.taken(cell[0])
+        moved = cell[0] + (((one << 16) - cell[0]) * (655360 // (10 * cell[1] + 16)) >> 16)
+        cell[:] = [min(max(moved, 512), (1 << 16) - 512), min(cell[1] + 1, 30)]
+        return one
+
+    def bits(self, count: int) -> int:
+        return int("0" + "".join(str(self.taken(1 << 15)) for _ in range(count)), 2)
+
+    def number(self) -> int:
+        zeros = next(n for n in range(49) if self.taken(1 << 15))
+        return (1 << zeros + 3 | self.bits(zeros + 3)) - 8
+
+    def next(self) -> Tensor:
+        apart = self.yes(0)
+        if apart and self.yes(1):
+            return self.found[self.number()]
+        kind = self.bits(5) if self.yes(2) else 0
+        known = self.shapes[len(self.found)] if len(self.found) < len(self.shapes) else None
+        shape = tuple(self.number() for _ in range(self.bits(6))) if known is None else known
+        return kind, shape, body(self.front, kind, shape) if apart else self.grid(kind, shape)
+
+    def grid(self, kind: int, shape: tuple[int, ...]) -> bytes:
+        vector, seen, along = len(shape) < 2, shape, [1] * len(shape)
+        _ = self.bits(3) if self.yes(7, vector) else 1
+        scale, zero, centre = (kind, b""), (7, bytes(4)), 0
+        if self.yes(3, vector):
+            byte = self.front.take(1)[0]
+            block = self.front.varint() if byte & 32 else 0
+            zigzag, (scale_kind, _, held), (zero_kind, _, zeros) = (
+                self.front.varint(),
+                tensor(self.front),
+                tensor(self.front),
+            )
+            centre, scale, zero = (
+                zigzag >> 1 if zigzag % 2 == 0 else -(zigzag >> 1) - 1,
+                (scale_kind, held),
+                (zero_kind, zeros),
+            )
+            axis, seen = (0, (prod(shape) // block, block)) if block else ((byte & 31) - 1, shape)
+            along = [-1 if d == axis else 1 for d in range(len(seen))]
+        else:
+            self.last[vector] = (
+                self.scale(kind, vector) if self.yes(4, vector) else self.last.get(vector) or self.last[not vector]
+            )
+            scale = (kind, self.last[vector])
+        trellis = 0 if not self.yes(9, vector) else 1 if self.yes(10, vector) else 2
+        shift = self.bits(5) if self.yes(11, vector) else 0
+        pace, level = self.bits(2), self.bits(6)
+        width, kernel = (prod(shape), 1) if vector else (prod(shape[1:]), prod(shape[2:]))
+        whole = np.array(modelled(self, prod(shape), width, kernel, shift, trellis, pace, level), "i8") + centre
+        return on_grid(kind, whole.reshape(seen), scale, zero, along).tobytes()
+
+    def scale(self, kind: int, vector: bool) -> bytes:
+        if not self.yes(5, vector):
+            n = self.bits(8)
+            return elements_of(kind, np.array([SCALES[n % 8] * 2.0 ** (n // 8 - 31)])).tobytes()
+        stored = kind if self.yes(6, vector) else BF16
+        size = np.dtype(TYPES[stored]).itemsize
+        held = self.bits(8 * size).to_bytes(size, "little")
+        return elements_of(kind, values(stored, held)).tobytes()
+
+
+def compact(data: bytes, shapes: list[tuple[int, ...]]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    flags, source, end = data[0], Bytes(data, 1), len(data) - (2 if len(data) < 4096 else 4)
+    assert flags >> 3 == 28
+    told = source.take(source.varint()) if flags & 1 else b""
+    description = json.loads(zlib.decompressobj(-15, WORDS).decompress(told) or "{}")
+    front = source.take(source.varint()) if flags & 2 else b""
+    known = b"" if flags & 4 else b"".join(leb128(n) for shape in shapes for n in (len(shape), *shape))
+    assert zlib.crc32(data[:end] + known).to_bytes(4, "little")[: len(data) - end] == data[end:]
+    forms = [form for held in description.get("activations", {}).values() for form in held.values()]
+    stream = Compact(data[source.at : end], front, [] if flags & 4 else shapes)
+    for _ in range(len(shapes) + sum(len(form["tensors"]) for form in forms)):
+        stream.found.append(stream.next())
+    return description, {str(i): one for i, one in enumerate(stream.found)}
+
+
+def leb128(value: int) -> bytes:
+    return bytes([value & 127 | 128]) + leb128(value >> 7) if value > 127 else bytes([value])

@@ -6,10 +6,11 @@ checksums, which are then made right again, so that the decoders are reached.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
+from featherweight.coding import compact
 from featherweight.coding.bits import Reader, pack_list, varint
 from featherweight.coding.container import assemble
 from featherweight.coding.unpacking import read_tensor
@@ -19,6 +20,7 @@ from mutated_descriptions import text_changed, tree_changed, wiring_changed
 
 Parts = tuple[bytes, list[bytes], bool]
 Span = tuple[str, int, int]
+Shapes = Sequence[tuple[int, ...]]
 PLENTY = 1 << 20  # bytes that a record may describe: a fuzzer takes damaged files apart too
 
 
@@ -61,7 +63,9 @@ def fields(record: bytes) -> tuple[Span, ...]:
 
 @lru_cache(maxsize=256)
 def parts(data: bytes) -> tuple[bytes, tuple[bytes, ...], bool]:
-    """The deflated description and the records of an honest file."""
+    """The deflated description and the records of an honest file; those of a compact one are no bytes of their own."""
+    if compact.is_compact(data):
+        return compact.cut(data).described, (data[1:],), True
     bare = bool(data[2] & 0x80)
     source = Reader(data[:-4] if bare else data, PLENTY)
     source.take(3)
@@ -173,8 +177,31 @@ def records_changed(records: list[bytes], rng: Random) -> tuple[str, list[bytes]
 # --- one case ---------------------------------------------------------------------------------------------------------
 
 
-def resigned(data: bytes, rng: Random) -> tuple[str, bytes]:
-    """A mutation below the checksums, which are made right again."""
+def _compact_changed(data: bytes, rng: Random, shapes: Shapes) -> tuple[str, bytes]:
+    had = compact.cut(data)
+    whole = {"description": had.described, "front": had.front, "stream": had.stream}
+    name = str(rng.choice([name for name, part in whole.items() if part] or ["stream"]))
+    change = (bytes_changed, tree_changed)[int(name == "description" and rng.random() < 0.8)]
+    whole[name] = change(whole[name], rng)
+    if rng.random() < 0.1:
+        whole["stream"] += bytes(rng.integers(0, 256, size=int(rng.integers(1, 6))).tolist())
+    described, front, stream = whole.values()
+    flags = bool(described) | bool(front) << 1 | had.shaped << 2
+    body = (
+        bytes([compact.MARK | flags]) + b"".join(varint(len(one)) + one for one in (described, front) if one) + stream
+    )
+    known = [] if had.shaped else shapes
+    return f"compact {name}: {change.__name__}", body + compact.checksum(body, known, len(body) + 2 < compact.LONG)
+
+
+def resigned(data: bytes, rng: Random, shapes: Shapes = ()) -> tuple[str, bytes]:
+    """A mutation below the checksums, which are made right again.
+
+    Args:
+        shapes: those that the checksum of a compact file counts in.
+    """
+    if compact.is_compact(data):
+        return _compact_changed(data, rng, shapes)
     manifest, some, bare = parts(data)
     records = list(some)
     what = "other header"
@@ -200,10 +227,10 @@ def resigned(data: bytes, rng: Random) -> tuple[str, bytes]:
     return what, assemble(manifest, records, bare)
 
 
-def mutated(data: bytes, rng: Random, *, sign: bool) -> tuple[str, bytes]:
+def mutated(data: bytes, rng: Random, *, sign: bool, shapes: Shapes = ()) -> tuple[str, bytes]:
     """What was done, and the bytes."""
     if sign:
-        return resigned(data, rng)
+        return resigned(data, rng, shapes)
     if rng.random() < 0.2:
         return "cut", cut(data, rng)
     return "bytes", bytes_changed(data, rng)

@@ -54,18 +54,19 @@ def opened(path: Path, fresh: Callable[[], nn.Module] | None, baseline: int | No
         baseline: the memory of the process, in bytes, above which growth counts; what it has now unless said.
     """
     outcome = Outcome()
+    told = fresh() if fresh is not None else None  # what tells the shapes of a compact file
     size = path.stat().st_size
     forget_peak()
     before = status("VmRSS") if baseline is None else baseline
     ways: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
-        "unpack": (lambda: unpack(path), lambda found: _bounded(found.values(), size)),
-        "codes": (lambda: unpack_codes(path), _nothing),
-        "inspect": (lambda: inspect(path), _nothing),
-        "alone": (lambda: load(path), lambda model: _sound(model, path)),
+        "unpack": (lambda: unpack(path, into=told), lambda found: _bounded(found.values(), size, told)),
+        "codes": (lambda: unpack_codes(path, into=told), _nothing),
+        "inspect": (lambda: inspect(path, into=told), _nothing),
+        "alone": (lambda: load(path), lambda model: _sound(model, path, told)),
     }
     if fresh is not None:
         model = fresh()
-        ways["into"] = (lambda: load(path, into=model), lambda model: _sound(model, path))
+        ways["into"] = (lambda: load(path, into=model), lambda model: _sound(model, path, told))
     for way, (call, check) in ways.items():
         _answer(outcome, way, call, check)
     outcome.grown = status("VmHWM") - before
@@ -135,15 +136,16 @@ class Unsound(Exception):
     """A model came back that the file does not describe, or that is no model."""
 
 
-def _bounded(tensors: Any, size: int) -> None:
+def _bounded(tensors: Any, size: int, told: nn.Module | None = None) -> None:
+    size += 0 if told is None else sum(place.tensor.numel() for place in slots(told)) // 16
     taken = sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
     if taken > allowance(size):
         raise Unsound(f"{taken} bytes of tensors from a file of {size} bytes")
 
 
-def _sound(model: nn.Module, path: Path) -> None:
+def _sound(model: nn.Module, path: Path, told: nn.Module | None) -> None:
     """Shapes and types as the file says, nothing left without memory, and it can be saved and read again."""
-    rows = {(tuple(row["shape"]), row["dtype"]) for row in inspect(path, limit=1 << 40)["tensors"]}
+    rows = {(tuple(row["shape"]), row["dtype"]) for row in inspect(path, into=told, limit=1 << 40)["tensors"]}
     places = slots(model)
     for place in places:
         found = tuple(place.tensor.shape), str(place.tensor.dtype).removeprefix("torch.")

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from featherweight.coding import compact
 from featherweight.coding.bits import Reader, varint
 from featherweight.coding.files import write_whole
 from featherweight.coding.manifest import checked, pack_manifest, unpack_manifest
 from featherweight.coding.packing import store
 from featherweight.coding.records import Row
-from featherweight.coding.restoring import Slot, fill, slots
-from featherweight.coding.streams import allowed
+from featherweight.coding.restoring import Slot, fill, reshape, slots
+from featherweight.coding.streams import MIXING, allowed
 from featherweight.coding.unpacking import Packed, allowance, read_tensor
 from featherweight.core.agree import answer, compared
 from featherweight.core.blueprint import structure
@@ -100,7 +101,8 @@ def save(
         coder: "huffman", "range_coder" ("range"), "rans" ("ans"), "sparse_index" (fixed widths), "deepcabac" ("cabac"),
             "context_mixing" ("cm"), "smallest" (all of these), "fast" (interleaved ANS);
             None for the shortest of the first four.
-        bare: the smallest file that `load(into=)` can restore: no names, no provenance, one checksum.
+        bare: the smallest file that `load(into=)` can restore: no names, no provenance, one checksum. With context
+            mixing it is compact: one code for all integers, no shapes.
         class_free: also write the model's graph as data, so that `load` needs no class. Where that cannot be done the
             report says why, and the file is written without.
         provenance: JSON-able facts, such as the chain, the seed, the metric and `weights_sha256` of the source.
@@ -116,6 +118,8 @@ def save(
     why_not = "a bare file"
     places = slots(plain)
     told, held = described(plain)
+    if bare and MIXING in coders:
+        return _save_compact(path, places, told, held, coders)
     own = told.get("wiring", {})  # of a network that has no class: whether or not the file opens by itself
     for place, module in plain.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
@@ -135,10 +139,36 @@ def save(
             note(f"the file needs the model's class to be loaded (into=): {why_not}")
             told, unseen, data = told | {"wiring": own, "hidden": []}, [], b""
     entries = [*stored, *forms, *unseen]
-    write_whole(path, data or _bytes(told, entries, bare))
-    rows = tuple(row for _, row in entries if row is not None)
+    data, rows = data or _bytes(told, entries, bare), tuple(row for _, row in entries if row is not None)
+    write_whole(path, data)
     size, weights = path.stat().st_size, sum(row.bytes for row in rows)
     return SaveReport(path, size, weights, size - weights, rows, not why_not, why_not)
+
+
+def _save_compact(
+    path: Path, places: list[Slot], told: dict[str, Any], held: list[Tensor], coders: tuple[int, ...]
+) -> SaveReport:
+    """A bare file whose integers are one stream."""
+    shaped = bool(told.get("edits") or told.get("wiring"))  # else the class, and what was swapped, tells all shapes
+    tensors: list[compact.Place] = [*_places(places), *((tensor, None) for tensor in held)]
+    written = compact.pack(
+        pack_manifest({k: v for k, v in told.items() if v}), tensors, len(places), coders, shaped=shaped
+    )
+    write_whole(path, written.data)
+    names = [*(place.name for place in places), *form_tensor_names(told.get("activations", {}))]
+    rows = tuple(replace(row, name=n) for n, row in zip(names, written.rows, strict=True) if row is not None)
+    size, weights = len(written.data), sum(row.bytes for row in rows)
+    return SaveReport(path, size, weights, size - weights, rows, False, "a bare file")
+
+
+def _places(places: list[Slot]) -> Iterator[compact.Place]:
+    """The tensors of a model with their codes, or the number of an earlier one."""
+    seen: dict[int, int] = {}
+    for number, place in enumerate(track(places, "code", len(places))):
+        earlier = seen.setdefault(id(place.tensor), number)
+        if earlier == number:
+            _refuse_unfinished(place)
+        yield (place.tensor, codes_of(place.module, place.leaf)) if earlier == number else earlier
 
 
 def _bytes(told: dict[str, Any], entries: list[Entry], bare: bool) -> bytes:
@@ -322,8 +352,7 @@ def load(path: str | Path, into: nn.Module | None = None, *, limit: int | None =
         FormatError: the file is truncated, corrupt, newer or not a .fw file, or holds no graph and `into` is missing.
         BadData: `into` is of another class or configuration than the model in the file.
     """
-    own = 0 if into is None else sum(4 * p.tensor.numel() * max(p.tensor.element_size(), 4) for p in slots(into))
-    contents = read(path, limit, own)
+    contents = read(path, limit, into)
     with reading(path):
         if into is None:
             return _without_class(contents)
@@ -331,6 +360,11 @@ def load(path: str | Path, into: nn.Module | None = None, *, limit: int | None =
         if isinstance(filled, Wired):
             check_calls(filled)
         return filled
+
+
+def _own(into: nn.Module | None) -> int:
+    """What a reader grants a file beyond its length: four times the model that it is loaded into."""
+    return 0 if into is None else sum(4 * p.tensor.numel() * max(p.tensor.element_size(), 4) for p in slots(into))
 
 
 def _without_class(contents: Contents) -> nn.Module:
@@ -356,22 +390,28 @@ def _without_class(contents: Contents) -> nn.Module:
     return wired.eval()
 
 
-def unpack(path: str | Path, *, limit: int | None = None) -> dict[str, Tensor]:
+def unpack(path: str | Path, *, into: nn.Module | None = None, limit: int | None = None) -> dict[str, Tensor]:
     """The tensors of a file by name (by number, "0", "1", ..., if it is bare), bit-exact; ties appear under each name.
 
+    Args:
+        into: a model of the file's class, which tells the shapes that a compact file leaves out.
+
     Raises:
         FormatError: the file is truncated, corrupt, newer or not a .fw file.
     """
-    return {name: record.tensor for name, record in _records(read(path, limit)).items()}
+    return {name: record.tensor for name, record in _records(read(path, limit, into)).items()}
 
 
-def unpack_codes(path: str | Path, *, limit: int | None = None) -> dict[str, Codes]:
+def unpack_codes(path: str | Path, *, into: nn.Module | None = None, limit: int | None = None) -> dict[str, Codes]:
     """The declared codes of a file by name (by number if it is bare).
 
+    Args:
+        into: a model of the file's class, which tells the shapes that a compact file leaves out.
+
     Raises:
         FormatError: the file is truncated, corrupt, newer or not a .fw file.
     """
-    return {n: record.codes for n, record in _records(read(path, limit)).items() if record.codes is not None}
+    return {n: record.codes for n, record in _records(read(path, limit, into)).items() if record.codes is not None}
 
 
 def _records(contents: Contents) -> dict[str, Packed]:
@@ -384,11 +424,12 @@ def _records(contents: Contents) -> dict[str, Packed]:
     return found | {name: found[owner] for name, owner in contents.manifest["ties"].items()}
 
 
-def read(path: str | Path, limit: int | None = None, extra: int = 0, *, weigh: bool = False) -> Contents:
+def read(path: str | Path, limit: int | None = None, into: nn.Module | None = None, *, weigh: bool = False) -> Contents:
     """All of a file, checked.
 
     Args:
-        extra: bytes that it may describe beyond what its length allows.
+        into: the model that it is loaded into: four times its size may be described beyond what the length allows, and
+            shapes that a compact file does not tell are its own. It is not changed.
         weigh: also find what adaptive models would ideally take.
 
     Raises:
@@ -399,7 +440,7 @@ def read(path: str | Path, limit: int | None = None, extra: int = 0, *, weigh: b
     except OSError as error:
         raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
     with reading(path):
-        return parse(data, allowance(len(data)) + extra if limit is None else limit, weigh=weigh)
+        return parse(data, allowance(len(data)) + _own(into) if limit is None else limit, into, weigh=weigh)
 
 
 @contextmanager
@@ -424,12 +465,14 @@ def reading(path: str | Path) -> Iterator[None]:
         raise FormatError(f"{path}: the file is corrupt: what it describes fits no model") from error
 
 
-def parse(data: bytes, limit: int, *, weigh: bool = False) -> Contents:
+def parse(data: bytes, limit: int, into: nn.Module | None = None, *, weigh: bool = False) -> Contents:
     """The parts of a file.
 
     Raises:
         FormatError: the bytes are none that a writer makes.
     """
+    if compact.is_compact(data):
+        return _parse_compact(data, limit, into, weigh)
     if data[:2] != MAGIC:
         raise FormatError("this is not a .fw file: pass one that fw.save wrote")
     if len(data) < 8:
@@ -456,6 +499,37 @@ def parse(data: bytes, limit: int, *, weigh: bool = False) -> Contents:
     checksums = 4 if bare else 4 * (1 + len(records))
     lengths = {"ties": between} if bare else {"lengths": between - 4 * len(records)}
     return Contents(bare, manifest, packed, records, {"header": head, "checksums": checksums, **lengths})
+
+
+def _parse_compact(data: bytes, limit: int, into: nn.Module | None, weigh: bool) -> Contents:
+    parts = compact.cut(data)
+    if into is None:
+        raise FormatError(
+            "this is not a .fw file, or a bare one whose shapes only its class knows: "
+            "pass into=, a fresh model of that class"
+        )
+    manifest = checked({key: value for key, value in unpack_manifest(parts.described).items() if key in BARE_PARTS})
+    forms: list[compact.Shape | None] = [None] * len(form_tensor_names(manifest["activations"]))
+    shapes = [None if parts.shaped else shape for shape in shapes_of(into, manifest)]
+    records = compact.records(parts, [*shapes, *forms], limit, weigh=weigh)
+    taken = sum(record.row.bytes for record in records if isinstance(record, Packed)) + len(parts.described)
+    framing = {"header": 1, "checksums": len(parts.sum)}
+    framing["lengths"] = len(data) - taken - sum(framing.values())
+    return Contents(True, manifest, parts.described, records, framing)
+
+
+def shapes_of(model: nn.Module, manifest: dict[str, Any]) -> list[tuple[int, ...]]:
+    """The shapes that a model will have once it is as a file describes it; found on a copy without memory."""
+    if manifest["swaps"] or manifest["edits"] or manifest["kept"] or manifest["wiring"]:
+        tensors = (*model.parameters(), *model.buffers())
+        model = deepcopy(model, {id(t): _without_memory(t) for t in tensors})
+        reshape(model, manifest)
+    return [tuple(place.tensor.shape) for place in slots(model)]
+
+
+def _without_memory(tensor: Tensor) -> Tensor:
+    meta = tensor.detach().to("meta")
+    return nn.Parameter(meta, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
 
 
 def _checked(data: bytes) -> bytes:

@@ -8,6 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from featherweight.coding.container import VERSION, read
 from featherweight.coding.manifest import deflated, unpack_manifest
 from featherweight.coding.unpacking import Packed
@@ -32,7 +34,7 @@ LONGEST = 1 << 20  # bytes of JSON that are deflated part by part
 COMPACT: dict[str, Any] = {"separators": (",", ":"), "ensure_ascii": False}
 
 
-def inspect(path: str | Path, *, limit: int | None = None) -> dict[str, Any]:
+def inspect(path: str | Path, *, into: nn.Module | None = None, limit: int | None = None) -> dict[str, Any]:
     """What a file says and what each of its bytes is, JSON-able.
 
     Of a tensor, `bytes` is the sum of `code_bytes` (code words), `table_bytes` (heads and tables of the coder) and
@@ -41,10 +43,13 @@ def inspect(path: str | Path, *, limit: int | None = None) -> dict[str, Any]:
     `structure` has all other bytes: header, lengths, ties, checksums, and `description`, which `described` tells by
     its parts: each the bytes by which it made the deflated JSON longer. `bytes` is the size on disk, the sum of it all.
 
+    Args:
+        into: a model of the file's class, which tells the shapes that a compact file leaves out.
+
     Raises:
         FormatError: the file is truncated, corrupt, newer or not a .fw file.
     """
-    contents = read(path, limit, weigh=True)
+    contents = read(path, limit, into, weigh=True)
     rows = [
         _row(name, record)
         for name, record in zip(contents.names, contents.records, strict=True)

@@ -258,6 +258,20 @@ def states(found: Ints, trellis: int) -> Any:
 # --- the two directions -----------------------------------------------------------------------------------------------
 
 
+@njit(cache=True)
+def started() -> Any:
+    """A range coder that has written nothing: low, range, the byte held back, how many wait, position."""
+    return np.array([0, 0xFFFFFFFF, -1, 0, 0], dtype=np.int64)
+
+
+@njit(cache=True)
+def open_coder(coder: Any, data: Any) -> None:
+    """Reads what a range decoder must know before the first bin."""
+    for _ in range(4):
+        coder[0] = (coder[0] << 8) | (data[coder[2]] if coder[2] < len(data) else 0)
+        coder[2] += 1
+
+
 @njit(cache=True, nogil=True)
 def encode(values: Ints, head: Any) -> Any:
     """The bytes of signed values (the centre is 0), or of the levels of a trellis.
@@ -265,10 +279,15 @@ def encode(values: Ints, head: Any) -> Any:
     Args:
         head: width of a row, length of a kernel, number of the trellis, shift, mean size, pace.
     """
+    coder = started()
+    return _ended(coder, put_values(coder, np.zeros(len(values) // 4 + 128, dtype=np.uint8), fresh(), values, head))
+
+
+@njit(cache=True, nogil=True)
+def put_values(coder: Any, out: Any, mixer: Any, values: Ints, head: Any) -> Any:
+    """Writes values behind what the coder wrote before; the bytes, which may have had to grow."""
     width, kernel, trellis, shift, mean, pace = head
-    mixer, seen = fresh(), unseen(len(values), width, kernel, mean)
-    out = np.zeros(len(values) // 4 + 128, dtype=np.uint8)
-    coder = np.array([0, 0xFFFFFFFF, -1, 0, 0], dtype=np.int64)
+    seen = unseen(len(values), width, kernel, mean)
     for i in range(len(values)):
         out = _room(coder, out)
         value, odd = values[i], seen.totals[3] & 1
@@ -292,7 +311,7 @@ def encode(values: Ints, head: Any) -> Any:
             _put(coder, out, bit, _foretell(mixer, SIGN, 0))
             _learn(mixer, SIGN, bit, pace)
         _note(seen, i, value, width, kernel, trellis, shift)
-    return _ended(coder, out)
+    return out
 
 
 @njit(cache=True)
@@ -312,12 +331,20 @@ def _put_escape(mixer: Any, coder: Any, out: Any, value: int, pace: int) -> None
 @njit(cache=True, nogil=True)
 def decode(data: Any, count: int, head: Any, coder: Any) -> Any:
     """`count` signed values (the points of a trellis), and how many bytes were looked at; -1 where an escape is
-    longer than any symbol, or the bytes end too early."""
+    longer than any symbol, or the bytes end too early.
+
+    Args:
+        coder: as `ready` makes it.
+    """
+    open_coder(coder, data)
+    return get_values(coder, data, fresh(), count, head)
+
+
+@njit(cache=True, nogil=True)
+def get_values(coder: Any, data: Any, mixer: Any, count: int, head: Any) -> Any:
+    """What `put_values` wrote, as `decode` gives it."""
     width, kernel, trellis, shift, mean, pace = head
-    mixer, seen = fresh(), unseen(count, width, kernel, mean)
-    for _ in range(4):
-        coder[0] = (coder[0] << 8) | (data[coder[2]] if coder[2] < len(data) else 0)
-        coder[2] += 1
+    seen = unseen(count, width, kernel, mean)
     for i in range(count):
         if coder[2] > len(data) + 4:  # a writer leaves out four bytes at most
             return seen.values, -1

@@ -95,7 +95,8 @@ def _declared(tensor: Tensor, codes: Codes, coders: tuple[int, ...]) -> Stored |
     return _table(tensor, coders, DECLARED)
 
 
-def _head(tensor: Tensor, kind: int) -> bytes:
+def head_bytes(tensor: Tensor, kind: int = 0) -> bytes:
+    """Type, shape and layout of a record, the last byte of it."""
     dims = tensor.dim()
     sizes = (varint(dims) if dims >= 7 else b"") + b"".join(varint(size) for size in tensor.shape)
     return bytes([DTYPES.index(tensor.dtype) | min(dims, 7) << 5]) + sizes + bytes([kind])
@@ -108,7 +109,7 @@ def _of(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
 def _raw(tensor: Tensor) -> Stored:
     """Elements as they are, or in the narrowest type that holds each of them exactly."""
     number, data = _narrowest(tensor)
-    head = _head(tensor, RAW | number << 4)
+    head = head_bytes(tensor, RAW | number << 4)
     return Stored(head + data, account(_of(tensor), RAW, "none", len(head) + len(data), len(head)))
 
 
@@ -134,7 +135,7 @@ def _planes(tensor: Tensor, coders: tuple[int, ...]) -> Stored | None:
     if coders == (FIXED,) or tensor.numel() < FEW or tensor.dtype == torch.bool or tensor.is_complex():
         return None
     planes = list(byte_planes(tensor))
-    head = _head(tensor, PLANES)
+    head = head_bytes(tensor, PLANES)
     data = head + b"".join(pack_symbols(plane, 256, coders, _widths(tensor)) for plane in planes)
     return Stored(
         data,
@@ -166,7 +167,7 @@ def _table(tensor: Tensor, coders: tuple[int, ...], declared: int = 0) -> Stored
     order = _ascending(values)
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
-    side = _head(tensor, TABLE | declared) + _raw(values[torch.from_numpy(order)]).data
+    side = head_bytes(tensor, TABLE | declared) + _raw(values[torch.from_numpy(order)]).data
     return _finish(tensor, TABLE, side, rank[symbols.reshape(-1)], len(order), coders)
 
 
@@ -206,7 +207,7 @@ def _affine(tensor: Tensor, symbols: Tensor, rule: Affine, decoded: Tensor, code
         return None
     signs = _signs(decoded, tensor, coders)
     side = (
-        _head(tensor, AFFINE | DECLARED | (SIGNS if signs else 0) | (BLOCKS if rule.block else 0))
+        head_bytes(tensor, AFFINE | DECLARED | (SIGNS if signs else 0) | (BLOCKS if rule.block else 0))
         + bytes([(0 if rule.axis is None else rule.axis + 1) | SYMBOLS.index(integers.dtype) << 5])
         + (varint(rule.block) if rule.block else b"")
         + varint(zigzag(low))
@@ -224,7 +225,7 @@ def _product(tensor: Tensor, symbols: Tensor, rule: Product, decoded: Tensor, co
         return None
     signs = _signs(decoded, tensor, coders)
     along_axis = rule.axis is not None
-    head = _head(tensor, PRODUCT | DECLARED | (SIGNS if signs else 0) | (COLUMNS if along_axis else 0))
+    head = head_bytes(tensor, PRODUCT | DECLARED | (SIGNS if signs else 0) | (COLUMNS if along_axis else 0))
     side = head + (bytes([rule.axis or 0]) if along_axis else b"") + store(books, None, coders).data
     flat = symbols.detach().cpu().reshape(-1).long().numpy()
     return _finish(tensor, PRODUCT, side, flat, books.shape[-2], coders, signs)
@@ -240,7 +241,7 @@ def _tables(tensor: Tensor, symbols: Tensor, rule: Table, decoded: Tensor, coder
     spread = along(torch.arange(len(values)), axis, tensor.dim())
     flat = ranks[spread, symbols.detach().cpu().long().view(tensor.shape)].reshape(-1).numpy()
     signs = _signs(decoded, tensor, coders)
-    head = _head(tensor, TABLES | DECLARED | (SIGNS if signs else 0))
+    head = head_bytes(tensor, TABLES | DECLARED | (SIGNS if signs else 0))
     side = head + bytes([axis]) + store(values.gather(1, order), None, (FIXED,)).data
     return _finish(tensor, TABLES, side, flat, values.shape[1], coders, signs)
 

@@ -103,8 +103,17 @@ def read_tensor(reader: Reader, depth: int = 0) -> Packed:
     Raises:
         FormatError: the bytes are none that a writer makes.
     """
-    start, coded, spare = reader.position, reader.coded, reader.spare
-    head = _read_head(reader)
+    start = reader.position
+    return read_body(reader, _read_head(reader), start, depth)
+
+
+def read_body(reader: Reader, head: Head, start: int, depth: int = 0) -> Packed:
+    """What follows the head of a record that began at `start`: a tensor of that shape and type.
+
+    Raises:
+        FormatError: the bytes are none that a writer makes.
+    """
+    coded, spare = reader.coded, reader.spare
     kind = reader.byte()
     layout = kind & 7
     if layout not in BODIES or (depth and layout in (AFFINE, PRODUCT, TABLES)) or depth > 2:

@@ -42,16 +42,15 @@ def context_mixing(symbols: Ints, size: int, widths: Sequence[int] = (), zero: i
     """
     from featherweight.coding.mixing_kernels import encode, levels
 
-    trellis = _trellis(symbols, zero)
+    trellis = 0 if zero is None or not 0 <= zero <= 1 << 17 else trellis_of(symbols.astype(np.int64) - zero)
     centre = _centre(symbols) if not trellis or zero is None else zero
     values = symbols.astype(np.int64) - centre
     values = levels(values, trellis)[0] if trellis else values
     width, kernel = _rows(len(values), widths)
-    mean = float(np.abs(values).mean()) if len(values) else 0.0
-    shift = max(int(mean / SMALL * 2).bit_length() - 1, 0) if mean > SMALL else 0
+    shift, mean = shift_of(values)
     made = []
     for more in (shift, shift + 1) if shift and len(values) <= SHORT else (shift,):
-        level = _level(2 * mean / (1 << more))
+        level = nearest_level(2 * mean / (1 << more))
         for number in range(len(PACES)) if len(values) <= SHORT else (1,):
             head = bytes([more | trellis << 5, level | number << 6])
             code = encode(values, (width, kernel, trellis, more, mean_of(level), PACES[number]))
@@ -68,14 +67,19 @@ def _centre(symbols: Ints) -> int:
     return often if counts[often] * 32 > len(symbols) else int(np.sort(symbols)[len(symbols) // 2])
 
 
-def _trellis(symbols: Ints, zero: int | None) -> int:
+def trellis_of(whole: Ints) -> int:
     """The number of the trellis whose points these are, 0 if they are any integers."""
     from featherweight.coding.mixing_kernels import levels
 
-    if zero is None or not 0 <= zero <= 1 << 17 or len(symbols) < FEWEST:
+    if len(whole) < FEWEST:
         return 0
-    whole = symbols.astype(np.int64) - zero
     return next((number for number in (2, 1) if (whole & 1).any() and levels(whole, number)[1]), 0)
+
+
+def shift_of(values: Ints) -> tuple[int, float]:
+    """How many low bits of large values are not modelled, and their mean magnitude."""
+    mean = float(np.abs(values).mean()) if len(values) else 0.0
+    return (max(int(mean / SMALL * 2).bit_length() - 1, 0) if mean > SMALL else 0), mean
 
 
 def _rows(count: int, widths: Sequence[int]) -> tuple[int, int]:
@@ -89,7 +93,7 @@ def mean_of(level: int) -> int:
     return 4 * (level if level < 16 else (8 + level % 8) << (level // 8 - 1))
 
 
-def _level(halves: float) -> int:
+def nearest_level(halves: float) -> int:
     """The level of a mean magnitude that is given in halves of a step."""
     return min(range(64), key=lambda level: abs(mean_of(level) - 128 * halves))
 
