@@ -53,7 +53,7 @@ def short_scale(value: float) -> float:
     """The nearest step that takes one byte in a compact file: eight to an octave, from 2^-24 to 2^8.
 
     >>> short_scale(0.066), short_scale(0.1)
-    (0.0673828125, 0.1015625)
+    (0.068359375, 0.09619140625)
     """
     near = min(max(round(8 * (math.log2(value) + EXPONENT)), 0), 255)
     return min((_step(n) for n in range(max(near - 1, 0), min(near + 2, 256))), key=lambda step: abs(step - value))
