@@ -89,6 +89,19 @@ def rules() -> nn.Module:
     return model
 
 
+def ordered() -> nn.Module:
+    """Rows in ascending order, in two such runs, and in no order; some rows are equal."""
+    model = nn.Module()
+    rows = sorted((noise(900, 3).view(60, 15) - 1).tolist())
+    rows[7:9] = [rows[6], rows[6]]
+    wide = sorted((noise(80, 300).view(40, 2) - 7).tolist())
+    tables = {"one": rows, "two": rows[::2] + rows[1::2], "none": rows[::-1], "wide": wide}
+    for name, one in tables.items():
+        symbols = torch.tensor(one, dtype=torch.int16)
+        declared(model, name, Codes(symbols, Affine(torch.tensor(0.5), torch.tensor(0)), tuple(symbols.shape)))
+    return model
+
+
 def blocks() -> nn.Module:
     """Rules with more than one table of numbers: scales per block, tables per row and column, products in stages."""
     model = nn.Module()
@@ -309,6 +322,7 @@ GOLDEN_FILES: dict[str, tuple[Any, dict[str, Any]]] = {
     "rules_adaptive": (rules, {"coder": "deepcabac"}),
     "rules_mixing": (rules, {"coder": "context_mixing"}),
     "rules_fast": (rules, {"coder": "fast"}),
+    "ordered": (ordered, {"coder": "unlabeled_graph"}),
     "rules_fixed": (rules, {"bare": True, "coder": "sparse_index"}),
     "blocks": (blocks, {"provenance": {"seed": 3}}),
     "columns": (columns, {"provenance": {"seed": 4}}),

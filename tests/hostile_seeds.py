@@ -75,7 +75,8 @@ def seeds() -> tuple[Seed, ...]:
     found = [Seed(name, (GOLDEN / f"{name}.fw").read_bytes(), lambda name=name: fresh(name)) for name in GOLDEN_FILES]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.fw"
-        for coder in ("huffman", "range", "ans", "deepcabac", "context_mixing", "sparse_index", "fast"):
+        names = ("huffman", "range", "ans", "deepcabac", "context_mixing", "unlabeled_graph", "sparse_index", "fast")
+        for coder in names:
             for bare in (False, True):
                 save(compressed(), path, bare=bare, coder=coder)
                 found.append(Seed(f"compressed {coder}{' bare' * bare}", path.read_bytes(), Net))

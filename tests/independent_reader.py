@@ -174,7 +174,8 @@ def symbols(source: Bytes, count: int, size: int) -> list[int]:
     if head & 3 == 0:
         if size <= 1 or not count:
             return [0] * count
-        return (fixed, huffman, range_code, ans, adaptive, mixed, interleaved)[head >> 2](source, count, size)
+        coders = (fixed, huffman, range_code, ans, adaptive, mixed, interleaved, multiset)
+        return coders[head >> 2](source, count, size)
     if head & 3 == 3:
         sizes = [(source.varint(), source.varint()) for _ in range(source.varint())]
         return [one for some, length in sizes for one in symbols(Bytes(source.take(length)), some, size)]
@@ -433,6 +434,45 @@ def modelled(
         fast += (grown - fast) >> 2 if grown > fast else -((fast - grown) >> 2)
         state = int(table[state][value % 2])
     return out
+
+
+def multiset(source: Bytes, count: int, size: int) -> list[int]:
+    width, several = source.varint(), source.varint()
+    last = {sum(lengths) - 1 for lengths in prefixes([source.varint() for _ in range(several - 1)])}
+    last |= {count // width - 1} if several else set(range(count // width))
+    coder, bits = Mixture(source.take(source.varint())), (size - 1).bit_length()
+    rows, counts = [""] * (count // width), dict[str, list[int]]()
+    for place in range(width * bits):
+        start = 0
+        for end in sorted(last):
+            own = counts.setdefault(rows[start][place - place % bits :], [0, 0])
+            weights = bernoulli(end + 1 - start, 2 * own[0] + 1, 2 * own[1] + 1)
+            low, high = 0, end + 1 - start
+            while low < high:
+                middle = (low + high) >> 1
+                chance = (sum(weights[low : middle + 1]) << 16) // sum(weights[low : high + 1])
+                low, high = (low, middle) if coder.taken(lim(chance, 65535) or 1) else (middle + 1, high)
+            rows[start : end + 1] = [row + "01"[i >= low] for i, row in enumerate(rows[start : end + 1])]
+            own[:] = [own[0] + low, own[1] + end + 1 - start - low]
+            while sum(own) > 1 << 20:
+                own[:] = [own[0] >> 1, own[1] >> 1]
+            last |= {start + low - 1} if low else set()
+            start = end + 1
+    return [int(row[at : at + bits], 2) for row in rows for at in range(0, width * bits, bits)]
+
+
+def prefixes(lengths: list[int]) -> list[list[int]]:
+    return [lengths[: i + 1] for i in range(len(lengths))]
+
+
+def bernoulli(n: int, a: int, b: int) -> list[int]:
+    peak = 0 if a == 1 else n if b == 1 else min(n * (a - 2) // (a + b - 4), n)
+    weights = [1 << 20] * (n + 1)
+    for k in range(peak, n):
+        weights[k + 1] = max(weights[k] * (n - k) * (a + 2 * k) // ((k + 1) * (b + 2 * (n - k - 1))), 1)
+    for k in range(peak, 0, -1):
+        weights[k - 1] = max(weights[k] * k * (b + 2 * (n - k)) // ((n - k + 1) * (a + 2 * (k - 1))), 1)
+    return weights
 
 
 # --- compact files ----------------------------------------------------------------------------------------------------

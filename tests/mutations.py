@@ -109,11 +109,15 @@ def field_changed(record: bytes, rng: Random) -> bytes:
 
 def constant(size: int, rng: Random) -> bytes:
     """A stream that says one of `size` symbols as often as is asked for, or nearly: codes of next to no bytes."""
-    at, coder = int(rng.integers(size)), int(rng.integers(1, 5))
+    at, coder = int(rng.integers(size)), int(rng.integers(1, 6))
     if coder == 4:  # context-adaptive: whatever comes first in the code, then as few bits for each symbol as can be
         code = bytes_changed(bytes([int(rng.integers(1, 255))] * int(rng.integers(1, 40))), rng).rstrip(b"\0")
         width = varint(int(rng.choice([1, 2, 64, 1 << 40])))
         return b"\x10" + varint(at) + width + bytes([int(rng.integers(256))]) + varint(len(code)) + code
+    if coder == 5:  # a multiset: the same, in rows of any width and of one run or none
+        code = bytes_changed(bytes([int(rng.integers(1, 255))] * int(rng.integers(1, 40))), rng).rstrip(b"\0")
+        width = varint(int(rng.choice([1, 2, 64, 1 << 16, 1 << 40])))
+        return b"\x1c" + width + bytes([int(rng.integers(2))]) + varint(len(code)) + code
     return bytes([coder << 2]) + pack_list([int(i == at) for i in range(size)]) + (b"" if coder == 1 else b"\0")
 
 

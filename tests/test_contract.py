@@ -322,6 +322,8 @@ REFUSALS = {
     ("lasso_mlp", "segmentation"): "no linear layer",
     **{("moonshine", kind): "choose another method" for kind in BEYOND if kind != "segmentation"},
     ("net2net", "recurrent"): "choose another method",
+    ("canonical_order", "recurrent"): "leave this method out",
+    ("universal_source_coding", "recurrent"): "leave this method out",
     ("network_slimming", "dictionary"): "choose a method that ranks weights",
     ("network_slimming", "recurrent"): "choose a method that ranks weights",
     ("network_slimming", "regression"): "choose a method that ranks weights",

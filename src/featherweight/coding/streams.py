@@ -16,6 +16,7 @@ from featherweight.coding.coders.interleaved_rans import interleaved_decode, int
 from featherweight.coding.coders.range_coder import entropy_coder_size, range_coder, range_decode
 from featherweight.coding.coders.rans import rans, rans_decode
 from featherweight.coding.coders.sparse_index import from_gaps, run_lengths, sparse_index
+from featherweight.coding.coders.unlabeled_graph import unlabeled_graph, unlabeled_graph_decode
 from featherweight.coding.threads import each
 from featherweight.errors import FormatError, unknown
 
@@ -71,8 +72,9 @@ CODERS = (
     Coder("deepcabac", deepcabac, deepcabac_decode, entropy_coder_size),
     Coder("context_mixing", context_mixing, context_mixing_decode, entropy_coder_size),
     Coder("interleaved_rans", interleaved_rans, interleaved_decode, interleaved_size),
+    Coder("unlabeled_graph", unlabeled_graph, unlabeled_graph_decode, entropy_coder_size),
 )
-FIXED, CONTEXT, MIXING, FAST = 0, 4, 5, 6
+FIXED, CONTEXT, MIXING, FAST, MULTISET = 0, 4, 5, 6, 7
 ALLOWED = {
     None: (0, 1, 2, 3),
     "fixed": (0,),
@@ -86,7 +88,8 @@ ALLOWED = {
     "cabac": (0, 4),
     "context_mixing": (0, 5),
     "cm": (0, 5),
-    "smallest": (0, 1, 2, 3, 4, 5),
+    "unlabeled_graph": (0, 1, 2, 3, 7),
+    "smallest": (0, 1, 2, 3, 4, 5, 7),
     "fast": (0, 6),
 }
 
@@ -120,13 +123,15 @@ def pack_symbols(
         return _pack_blocks(symbols, size, coders, [*range(FAST_BLOCK, len(symbols), FAST_BLOCK)], widths, zero)
     if len(symbols) > LONG and 1 < size <= WIDEST:
         return _pack_blocks(symbols, size, coders, _cuts(symbols, widths, zero), widths, zero)
-    made = [_pack_static(symbols, size, tuple(c for c in coders if c not in (CONTEXT, MIXING)))]
+    made = [_pack_static(symbols, size, tuple(c for c in coders if c not in (CONTEXT, MIXING, MULTISET)))]
     if not widths or size <= 1 or size > WIDEST or len(symbols) < FEWEST:
         return made[0]
     if CONTEXT in coders:
         made.append(bytes([DENSE | CONTEXT << 2]) + deepcabac(symbols, size, widths))
     if MIXING in coders:
         made.append(bytes([DENSE | MIXING << 2]) + context_mixing(symbols, size, widths, zero))
+    if MULTISET in coders:
+        made.append(bytes([DENSE | MULTISET << 2]) + unlabeled_graph(symbols, size, widths))
     return min(made, key=len)
 
 

@@ -456,7 +456,7 @@ def _without(channels: Channels, refused: Mapping[int, str]) -> Channels:
 # --- trying a removal ------------------------------------------------------------------------------------------------
 
 
-def _kinds(channels: Channels) -> list[Tensor]:
+def kinds(channels: Channels) -> list[Tensor]:
     """Channels by the set of places they appear in: what works for one of a kind works for all of it."""
     places: list[list[int]] = [[] for _ in range(channels.count)]
     vectors = [*channels.axes.values(), *(row for table in channels.blocks.values() for row in table)]
@@ -480,10 +480,10 @@ def _probed(model: nn.Module, channels: Channels) -> Channels:
     sizes that must agree although nothing couples their channels (one read off the other's tensor at run time): such
     pairs must lose equally many. Sizes are tried without values where the code allows that.
     """
-    lab = _Lab(model, channels)
+    lab = Lab(model, channels)
     refused: dict[int, str] = {}
     trials: dict[int, tuple[Tensor, Tensor]] = {}
-    for i, kind in enumerate(_kinds(channels)):
+    for i, kind in enumerate(kinds(channels)):
         together = _completed(channels, kind[len(kind) // 3])
         if together is None:
             refused |= dict.fromkeys(kind.tolist(), "the only channel of a layer, or tied to one that stays")
@@ -536,7 +536,7 @@ def _completed(channels: Channels, sample: Tensor) -> Tensor | None:
     return legal if sample in legal else None
 
 
-class _Lab:
+class Lab:
     """A copy of a model in double precision, without dead channels, on which removals are tried and undone."""
 
     def __init__(self, model: nn.Module, channels: Channels) -> None:
