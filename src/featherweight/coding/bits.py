@@ -6,6 +6,8 @@ Bytes are little-endian; bits fill a byte from its most significant end.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -20,16 +22,51 @@ CHUNK = 1 << 18  # codes that are turned into bits at a time
 LONGEST = 40  # bits of the largest integer that a list may hold
 
 
-class Reader:
-    """Bytes with a position, and the number of bytes that may still be allocated for what they describe.
+class Allowance:
+    """The number of bytes that may still be allocated for what a file describes; several readers may share it."""
 
-    `coded` counts the bytes that were code words, apart from heads and tables. With `weigh` the adaptive coders add to
+    def __init__(self, left: int) -> None:
+        self.left, self.lock = left, Lock()
+
+    def spend(self, size: int) -> None:
+        """Books `size` bytes that are about to be allocated.
+
+        Raises:
+            FormatError: the file describes more data than a file of its length may.
+        """
+        with self.lock:
+            self.left -= size
+            over = self.left < 0
+        if over:
+            raise FormatError(
+                "the file describes far more data than its length can hold: if you trust it, raise limit="
+            )
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be found in a file: weights, codes, floats of which type; `weigh`: also an account of its bytes."""
+
+    weights: bool = True
+    codes: bool = True
+    dtype: Any = None
+    weigh: bool = False
+
+
+ALL = Wanted()
+
+
+class Reader:
+    """Bytes with a position, and an allowance for what they describe, as a number of bytes or shared with others.
+
+    `coded` counts the bytes that were code words, apart from heads and tables. To `weigh`, the adaptive coders add to
     `spare` by how many bytes theirs are longer than what their models ideally take.
     """
 
-    def __init__(self, data: bytes, allowance: int, *, weigh: bool = False) -> None:
-        self.data, self.position, self.allowance = data, 0, allowance
-        self.weigh, self.coded, self.spare = weigh, 0, 0.0
+    def __init__(self, data: bytes, allowance: int | Allowance, wanted: Wanted = ALL) -> None:
+        self.data, self.position = data, 0
+        self.allowance = allowance if isinstance(allowance, Allowance) else Allowance(allowance)
+        self.wanted, self.weigh, self.coded, self.spare = wanted, wanted.weigh, 0, 0.0
 
     @property
     def left(self) -> int:
@@ -58,7 +95,10 @@ class Reader:
         return self.take(count)
 
     def byte(self) -> int:
-        return self.take(1)[0]
+        if self.position >= len(self.data):
+            self.take(1)
+        self.position += 1
+        return self.data[self.position - 1]
 
     def varint(self) -> int:
         """An unsigned LEB128 integer below 2**63.
@@ -66,6 +106,9 @@ class Reader:
         Raises:
             FormatError: it is longer.
         """
+        if self.position < len(self.data) and self.data[self.position] < 0x80:
+            self.position += 1
+            return self.data[self.position - 1]
         value = 0
         for shift in range(0, 63, 7):
             byte = self.byte()
@@ -84,11 +127,7 @@ class Reader:
         Raises:
             FormatError: the file describes more data than a file of its length may.
         """
-        self.allowance -= size
-        if self.allowance < 0:
-            raise FormatError(
-                "the file describes far more data than its length can hold: if you trust it, raise limit="
-            )
+        self.allowance.spend(size)
 
 
 def varint(value: int) -> bytes:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featherweight.coding.bits import Ints, Reader, varint, zigzag
+from featherweight.coding.bits import ALL, Ints, Reader, Wanted, varint, zigzag
 from featherweight.coding.coders.context_mixing import PACES, mean_of, nearest_level, shift_of, trellis_of
 from featherweight.coding.packing import head_bytes, store
 from featherweight.coding.records import (
@@ -432,13 +432,13 @@ def cut(data: bytes) -> Parts:
     return Parts(described, front, stream, body, data[len(body) :], bool(flags & SHAPED))
 
 
-def records(parts: Parts, shapes: Sequence[Shape | None], limit: int, *, weigh: bool = False) -> list[Packed | int]:
+def records(parts: Parts, shapes: Sequence[Shape | None], limit: int, wanted: Wanted = ALL) -> list[Packed | int]:
     """The tensors of a file, in order.
 
     Args:
         shapes: of each tensor, None where only the file tells it.
         limit: bytes that may be allocated.
-        weigh: also find what the adaptive model would ideally take.
+        wanted: what to find.
 
     Raises:
         FormatError: the bytes are none that a writer makes, or the shapes not those that it knew.
@@ -448,7 +448,7 @@ def records(parts: Parts, shapes: Sequence[Shape | None], limit: int, *, weigh: 
             "the file is truncated or corrupt, or the model that it is loaded into is of another class or "
             "configuration than was saved: its checksum, which counts the shapes of tensors in, does not match"
         )
-    source, front = Source(parts.stream, weigh=weigh), Reader(parts.front, limit, weigh=weigh)
+    source, front = Source(parts.stream, weigh=wanted.weigh), Reader(parts.front, limit, wanted)
     last = dict[bool, Tensor]()
     found: list[Packed | int] = []
     for shape in shapes:
@@ -513,7 +513,9 @@ def _get_integers(
     row = account(head, AFFINE, "context_mixing", total, side)
     row = counted(row, [counts(whole - low, high - low + 1)], high - low + 1)
     spare = total - side - (source.ideal - ideal) if source.ideal else 0.0
-    return Packed(codes.decode(), codes, row, total - side, spare)
+    wanted, weight = front.wanted, codes.decode()
+    weight = weight if wanted.dtype is None else weight.to(wanted.dtype)
+    return Packed(weight, codes if wanted.codes else None, row, total - side, spare)
 
 
 def _get_rule(source: Source, front: Reader, head: Head, vector: bool, last: dict[bool, Tensor]) -> tuple[Affine, int]:

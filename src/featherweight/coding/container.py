@@ -9,19 +9,21 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from featherweight.coding import compact
-from featherweight.coding.bits import Reader, varint
+from featherweight.coding.bits import ALL, Reader, Wanted, varint
 from featherweight.coding.files import write_whole
 from featherweight.coding.manifest import checked, pack_manifest, unpack_manifest
 from featherweight.coding.packing import store
-from featherweight.coding.records import Row
+from featherweight.coding.records import FLOATS, Row
 from featherweight.coding.restoring import Slot, fill, reshape, slots
 from featherweight.coding.streams import MIXING, allowed
+from featherweight.coding.threads import each
 from featherweight.coding.unpacking import Packed, allowance, read_tensor
 from featherweight.core.agree import answer, compared
 from featherweight.core.blueprint import structure
@@ -32,12 +34,13 @@ from featherweight.core.task import as_call, device_of
 from featherweight.core.wire_data import check_calls, hidden_tensors, wired_from, wiring_data
 from featherweight.core.wired import Wired
 from featherweight.core.wiring import wire
-from featherweight.errors import BadData, FeatherweightError, FormatError, shown
+from featherweight.errors import BadData, BadOption, FeatherweightError, FormatError, shown
 
 MAGIC = b"FW"
 VERSION = 1
 BARE = 0x80  # in the byte of the version: no names, no provenance, one checksum at the end
 BARE_PARTS = ("swaps", "edits", "kept", "activations", "wiring")  # all that a bare file says of its model
+BRIEF = 0.02  # seconds after which records are read in threads
 TIE = 0x1F  # first byte of a record that repeats an earlier tensor of a bare file
 
 
@@ -336,7 +339,14 @@ def signed(data: bytes) -> bytes:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def load(path: str | Path, into: nn.Module | None = None, *, limit: int | None = None) -> nn.Module:
+def load(
+    path: str | Path,
+    into: nn.Module | None = None,
+    *,
+    limit: int | None = None,
+    dtype: torch.dtype | None = None,
+    codes: bool = True,
+) -> nn.Module:
     """Restores a file: without the class that built the model, or into a fresh instance of it, in place.
 
     Layers that were swapped, channels that were removed, ties, codes and forms on activations come back too. Without
@@ -347,12 +357,18 @@ def load(path: str | Path, into: nn.Module | None = None, *, limit: int | None =
         into: an instance of the class that was compressed, made with the same options.
         limit: bytes of tensors that the file may describe; 16 MiB, 256 times its size and four times the size of
             `into` unless said.
+        dtype: the type to which all floats are brought, weight by weight while they are decoded; integers then are
+            not kept, since the weights are not theirs any more.
+        codes: whether to keep the integers behind the weights, which `export` and `pack` read.
 
     Raises:
+        BadOption: `dtype` is no type of floats.
         FormatError: the file is truncated, corrupt, newer or not a .fw file, or holds no graph and `into` is missing.
         BadData: `into` is of another class or configuration than the model in the file.
     """
-    contents = read(path, limit, into)
+    if dtype not in (None, *FLOATS):
+        raise BadOption(f"dtype={dtype}: pass float32, bfloat16, float16 or float64, or None for what the file says")
+    contents = read(path, limit, into, Wanted(codes=codes and dtype is None, dtype=dtype))
     with reading(path):
         if into is None:
             return _without_class(contents)
@@ -399,7 +415,7 @@ def unpack(path: str | Path, *, into: nn.Module | None = None, limit: int | None
     Raises:
         FormatError: the file is truncated, corrupt, newer or not a .fw file.
     """
-    return {name: record.tensor for name, record in _records(read(path, limit, into)).items()}
+    return {name: record.tensor for name, record in _records(read(path, limit, into, Wanted(codes=False))).items()}
 
 
 def unpack_codes(path: str | Path, *, into: nn.Module | None = None, limit: int | None = None) -> dict[str, Codes]:
@@ -411,7 +427,8 @@ def unpack_codes(path: str | Path, *, into: nn.Module | None = None, limit: int 
     Raises:
         FormatError: the file is truncated, corrupt, newer or not a .fw file.
     """
-    return {n: record.codes for n, record in _records(read(path, limit, into)).items() if record.codes is not None}
+    found = _records(read(path, limit, into, Wanted(weights=False)))
+    return {name: record.codes for name, record in found.items() if record.codes is not None}
 
 
 def _records(contents: Contents) -> dict[str, Packed]:
@@ -424,13 +441,13 @@ def _records(contents: Contents) -> dict[str, Packed]:
     return found | {name: found[owner] for name, owner in contents.manifest["ties"].items()}
 
 
-def read(path: str | Path, limit: int | None = None, into: nn.Module | None = None, *, weigh: bool = False) -> Contents:
+def read(path: str | Path, limit: int | None = None, into: nn.Module | None = None, wanted: Wanted = ALL) -> Contents:
     """All of a file, checked.
 
     Args:
         into: the model that it is loaded into: four times its size may be described beyond what the length allows, and
             shapes that a compact file does not tell are its own. It is not changed.
-        weigh: also find what adaptive models would ideally take.
+        wanted: what to find in it.
 
     Raises:
         FormatError: the file is truncated, corrupt, newer or not a .fw file.
@@ -440,7 +457,7 @@ def read(path: str | Path, limit: int | None = None, into: nn.Module | None = No
     except OSError as error:
         raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
     with reading(path):
-        return parse(data, allowance(len(data)) + _own(into) if limit is None else limit, into, weigh=weigh)
+        return parse(data, allowance(len(data)) + _own(into) if limit is None else limit, into, wanted)
 
 
 @contextmanager
@@ -465,23 +482,25 @@ def reading(path: str | Path) -> Iterator[None]:
         raise FormatError(f"{path}: the file is corrupt: what it describes fits no model") from error
 
 
-def parse(data: bytes, limit: int, into: nn.Module | None = None, *, weigh: bool = False) -> Contents:
+def parse(data: bytes, limit: int, into: nn.Module | None = None, wanted: Wanted = ALL) -> Contents:
     """The parts of a file.
 
     Raises:
         FormatError: the bytes are none that a writer makes.
     """
     if compact.is_compact(data):
-        return _parse_compact(data, limit, into, weigh)
+        return _parse_compact(data, limit, into, wanted)
     if data[:2] != MAGIC:
         raise FormatError("this is not a .fw file: pass one that fw.save wrote")
     if len(data) < 8:
         raise FormatError("the file is truncated")
-    found = data[2] & ~BARE
-    if found != VERSION:
-        raise FormatError(f"the file is of version {found}, this program reads version {VERSION}: update featherweight")
+    version_of = data[2] & ~BARE
+    if version_of != VERSION:
+        raise FormatError(
+            f"the file is of version {version_of}, this program reads version {VERSION}: update featherweight"
+        )
     bare = bool(data[2] & BARE)
-    reader = Reader(_checked(data) if bare else data, limit, weigh=weigh)
+    reader = Reader(_checked(data) if bare else data, limit, wanted)
     reader.take(3)
     packed = reader.take(reader.varint())
     head = reader.position - len(packed)
@@ -492,16 +511,17 @@ def parse(data: bytes, limit: int, into: nn.Module | None = None, *, weigh: bool
     manifest = checked({key: value for key, value in told.items() if key in BARE_PARTS} if bare else told)
     records = _bare_records(reader) if bare else _blocks(reader)
     forms = len(form_tensor_names(manifest["activations"]))
-    wanted = len(manifest["names"]) + forms + len(manifest["hidden"])
-    if len(records) < forms or (not bare and len(records) != wanted):
-        raise FormatError(f"the file is truncated or corrupt: it describes {wanted} tensors and has {len(records)}")
-    between = len(reader.data) - start - sum(record.row.bytes for record in records if isinstance(record, Packed))
+    told_of = len(manifest["names"]) + forms + len(manifest["hidden"])
+    if len(records) < forms or (not bare and len(records) != told_of):
+        raise FormatError(f"the file is truncated or corrupt: it describes {told_of} tensors and has {len(records)}")
+    weights = sum(record.row.bytes for record in records if isinstance(record, Packed))  # 0 unless `weigh`
+    between = len(reader.data) - start - weights
     checksums = 4 if bare else 4 * (1 + len(records))
     lengths = {"ties": between} if bare else {"lengths": between - 4 * len(records)}
     return Contents(bare, manifest, packed, records, {"header": head, "checksums": checksums, **lengths})
 
 
-def _parse_compact(data: bytes, limit: int, into: nn.Module | None, weigh: bool) -> Contents:
+def _parse_compact(data: bytes, limit: int, into: nn.Module | None, wanted: Wanted) -> Contents:
     parts = compact.cut(data)
     if into is None:
         raise FormatError(
@@ -511,7 +531,7 @@ def _parse_compact(data: bytes, limit: int, into: nn.Module | None, weigh: bool)
     manifest = checked({key: value for key, value in unpack_manifest(parts.described).items() if key in BARE_PARTS})
     forms: list[compact.Shape | None] = [None] * len(form_tensor_names(manifest["activations"]))
     shapes = [None if parts.shaped else shape for shape in shapes_of(into, manifest)]
-    records = compact.records(parts, [*shapes, *forms], limit, weigh=weigh)
+    records = compact.records(parts, [*shapes, *forms], limit, wanted)
     taken = sum(record.row.bytes for record in records if isinstance(record, Packed)) + len(parts.described)
     framing = {"header": 1, "checksums": len(parts.sum)}
     framing["lengths"] = len(data) - taken - sum(framing.values())
@@ -546,17 +566,25 @@ def _check(reader: Reader, start: int) -> None:
 
 
 def _blocks(reader: Reader) -> list[Packed | int]:
-    records: list[Packed | int] = []
+    """The records of a full file; in threads, once they have taken long enough for that to pay."""
+    bodies: list[bytes] = []
     while reader.left:
         start = reader.position
         body = reader.take(reader.varint())
         _check(reader, start)
-        inner = Reader(body, reader.allowance, weigh=reader.weigh)
-        records.append(read_tensor(inner))
-        if inner.left:
-            raise FormatError(f"the file is corrupt: {inner.left} bytes follow a tensor inside its block")
-        reader.allowance = inner.allowance
-    return records
+        bodies.append(body)
+    begun, records = perf_counter(), list[Packed | int]()
+    while len(records) < len(bodies) and perf_counter() - begun < BRIEF:
+        records.append(_block(bodies[len(records)], reader))
+    return records + each(lambda body: _block(body, reader), bodies[len(records) :])
+
+
+def _block(body: bytes, reader: Reader) -> Packed | int:
+    inner = Reader(body, reader.allowance, reader.wanted)
+    packed = read_tensor(inner)
+    if inner.left:
+        raise FormatError(f"the file is corrupt: {inner.left} bytes follow a tensor inside its block")
+    return packed
 
 
 def _bare_records(reader: Reader) -> list[Packed | int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from featherweight.coding.bits import Wanted
 from featherweight.coding.container import VERSION, read
 from featherweight.coding.manifest import deflated, unpack_manifest
 from featherweight.coding.unpacking import Packed
@@ -49,7 +50,7 @@ def inspect(path: str | Path, *, into: nn.Module | None = None, limit: int | Non
     Raises:
         FormatError: the file is truncated, corrupt, newer or not a .fw file.
     """
-    contents = read(path, limit, into, weigh=True)
+    contents = read(path, limit, into, Wanted(weigh=True))
     rows = [
         _row(name, record)
         for name, record in zip(contents.names, contents.records, strict=True)

@@ -14,6 +14,7 @@ from featherweight.errors import BadOption, FormatError, shown
 FREE, PER_BYTE, LARGEST = 1 << 20, 64, 16 << 20  # JSON may have 1 MiB and 64 bytes a deflated byte, at most 16 MiB
 NODES = 1 << 18  # values of all kinds that it may have: each takes about a hundred bytes while it is looked at
 DEPTH = 64  # values that may stand inside one another
+BEYOND = 1 << 63
 LONGEST = 512  # characters of a name
 INPUTS = 1 << 28  # elements of an example input, which a command may make
 TYPES = frozenset(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -130,23 +131,20 @@ def bounded(data: dict[str, Any]) -> None:
             raise FormatError(f"the description of the model is corrupt: it is nested more than {DEPTH} deep")
         inner: list[tuple[Any, bool]] = []
         for value, strict in level:
-            if isinstance(value, dict):
-                inner += [(one, strict) for pair in value.items() for one in pair]
-            elif isinstance(value, list):
+            kind = type(value)  # JSON gives no others
+            if kind is str:
+                if (strict and not (len(value) <= LONGEST and value.isprintable())) or _broken(value):
+                    raise FormatError(f"the description of the model is corrupt: {shown(value)} is no name")
+            elif kind is int:
+                if not -BEYOND < value < BEYOND:
+                    raise FormatError("the description of the model is corrupt: it holds a number beyond 63 bits")
+            elif kind is list:
                 inner += [(one, strict) for one in value]
-            else:
-                _bounded_leaf(value, strict)
+            elif kind is dict:
+                inner += [(one, strict) for pair in value.items() for one in pair]
+            elif kind is float and not isfinite(value):
+                raise FormatError("the description of the model is corrupt: it holds a number that is not finite")
         level = inner
-
-
-def _bounded_leaf(value: Any, strict: bool) -> None:
-    if isinstance(value, str):
-        if (strict and not (len(value) <= LONGEST and value.isprintable())) or _broken(value):
-            raise FormatError(f"the description of the model is corrupt: {shown(value)} is no name")
-    elif isinstance(value, float) and not isfinite(value):
-        raise FormatError("the description of the model is corrupt: it holds a number that is not finite")
-    elif isinstance(value, int) and not abs(value) < 1 << 63:
-        raise FormatError("the description of the model is corrupt: it holds a number beyond 63 bits")
 
 
 def _broken(text: str) -> bool:

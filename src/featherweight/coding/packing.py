@@ -36,11 +36,12 @@ from featherweight.coding.records import (
     same_bits,
     tables_fit,
 )
-from featherweight.coding.streams import FIXED, LARGEST, WIDEST, allowed, described, pack_symbols
+from featherweight.coding.streams import FAST, FIXED, LARGEST, WIDEST, allowed, described, pack_symbols
 from featherweight.core.forms import Affine, Codes, Product, Table, along
 from featherweight.errors import BadData
 
 FEW = 64  # elements below which planes of bytes cannot pay
+MANY = 1 << 12  # and below which they do not pay for the time that it takes to read them
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ def _may_narrow(own: torch.dtype, narrower: torch.dtype) -> bool:
 
 def _planes(tensor: Tensor, coders: tuple[int, ...]) -> Stored | None:
     """Each byte of the elements as a stream of its own; floats are turned left by a bit: whole exponents."""
-    if coders == (FIXED,) or tensor.numel() < FEW or tensor.dtype == torch.bool or tensor.is_complex():
+    least = MANY if FAST in coders else FEW
+    if coders == (FIXED,) or tensor.numel() < least or tensor.dtype == torch.bool or tensor.is_complex():
         return None
     planes = list(byte_planes(tensor))
     head = head_bytes(tensor, PLANES)

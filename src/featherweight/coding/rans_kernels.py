@@ -91,6 +91,13 @@ def decode(words: Any, states: Any, table: Any, bits: int, out: Any) -> bool:
     return at == room and bool(np.all(states == low))
 
 
+@njit(cache=True, nogil=True)
+def spread(symbols: Any, table: Any, out: Any) -> None:
+    """Fills `out` with the entry of a table for each symbol, all of which it has."""
+    for i in range(len(symbols)):
+        out[i] = table[symbols[i]]
+
+
 @njit(cache=True)
 def read_list(data: Any, out: Ints) -> int:
     """Fills `out` with a list of integers as `bits.pack_list` writes it; the bytes it took, -1 if it is none."""

@@ -54,9 +54,11 @@ def fill(model: nn.Module, manifest: dict[str, Any], records: Sequence[Packed | 
         BadData: the model is of another class or configuration.
         FormatError: the file describes layers or forms that it may not.
     """
-    device = next((slot.tensor.device for slot in slots(model) if not slot.tensor.is_meta), torch.device("cpu"))
-    reshape(model, manifest)
     places = slots(model)
+    device = next((place.tensor.device for place in places if not place.tensor.is_meta), torch.device("cpu"))
+    reshape(model, manifest)
+    if any(manifest[part] for part in ("swaps", "edits", "kept", "wiring")):
+        places = slots(model)
     sources = _by_order(places, manifest, records) if bare else _by_name(places, manifest, records)
     held: dict[int, Tensor] = {}  # by the number of the record, the tensor that now holds it
     taken: set[int] = set()
@@ -75,9 +77,10 @@ def fill(model: nn.Module, manifest: dict[str, Any], records: Sequence[Packed | 
     _attach_forms(model, manifest["activations"], records, len(places) if bare else len(manifest["names"]))
     if not bare:
         frozen = set(manifest["frozen"])
-        for place in slots(model):
-            if isinstance(place.tensor, nn.Parameter):
-                place.tensor.requires_grad_(place.tensor.is_floating_point() and place.name not in frozen)
+        for place in places:
+            tensor = getattr(place.module, place.leaf)
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(tensor.is_floating_point() and place.name not in frozen)
     return model
 
 
@@ -137,10 +140,11 @@ def _placed(place: Slot, tensor: Tensor, device: torch.device, taken: set[int]) 
     """The place's own tensor with new contents, or a new one if shape, type or ties differ."""
     old = place.tensor
     if old.shape == tensor.shape and old.dtype == tensor.dtype and not old.is_meta and id(old) not in taken:
-        with torch.no_grad():
-            old.copy_(tensor)
+        old.detach().copy_(tensor)
         return old
-    fresh = tensor.clone().to(old.device if not old.is_meta else device)
+    fresh = tensor.to(
+        old.device if not old.is_meta else device
+    )
     if isinstance(old, nn.Parameter):
         return nn.Parameter(fresh, requires_grad=old.requires_grad and fresh.is_floating_point())
     return fresh

@@ -269,7 +269,7 @@ def unpack_into(reader: Reader, count: int, size: int, take: Take) -> str:
         return coder
     reader.spend(count * SYMBOL)
     blocks = _read_blocks(reader, count, size)
-    inner = [Reader(data, 4 * some * SYMBOL + (1 << 16), weigh=reader.weigh) for _, some, data in blocks]
+    inner = [Reader(data, 4 * some * SYMBOL + (1 << 16), reader.wanted) for _, some, data in blocks]
 
     def one(number: int) -> str:
         start, some, _ = blocks[number]

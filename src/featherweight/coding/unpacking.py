@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from featherweight.coding.bits import Ints, Reader
+from featherweight.coding.bits import ALL, Ints, Reader, Wanted
 from featherweight.coding.records import (
     ADDED,
     AFFINE,
@@ -45,8 +46,10 @@ from featherweight.errors import FormatError
 FREE = 16 << 20  # bytes that a file may describe, however short it is
 PER_BYTE = 256  # bytes that each byte of a file may describe beyond that
 PIECE = 1 << 15  # elements that are worked on at a time where it takes copies
+EXACT = 1 << 24  # integers up to here are float32
 LARGEST_TENSOR = 1 << 48  # elements: what lies beyond cannot be counted safely
 Head = tuple[tuple[int, ...], torch.dtype]
+NO_ROW = Row("", (), "", "", "", 0, 0, 0, 0.0)  # where nobody asks for an account
 
 
 @dataclass(frozen=True)
@@ -120,12 +123,14 @@ def read_body(reader: Reader, head: Head, start: int, depth: int = 0) -> Packed:
         raise FormatError(f"the file is corrupt or newer: a tensor has the unknown layout {layout}")
     side = reader.position - start
     body = BODIES[layout](reader, head, kind, depth)
-    row = account(head, layout, body.coder, reader.position - start, side + body.side)
-    if body.streams is not None:
-        row = counted(row, body.streams, body.size)
-    packed = Packed(
-        body.tensor, body.codes if kind & DECLARED else None, row, reader.coded - coded, reader.spare - spare
-    )
+    row = NO_ROW
+    if reader.weigh:
+        row = account(head, layout, body.coder, reader.position - start, side + body.side)
+        row = row if body.streams is None else counted(row, body.streams, body.size)
+    tensor, codes = body.tensor, body.codes if kind & DECLARED and reader.wanted.codes else None
+    if not depth and reader.wanted.dtype is not None and tensor.is_floating_point():
+        tensor = tensor.to(reader.wanted.dtype)
+    packed = Packed(tensor, codes, row, reader.coded - coded, reader.spare - spare)
     if depth:  # to the tensor that it belongs to, all of it is side information
         reader.coded, reader.spare = coded, spare
     return packed
@@ -137,8 +142,8 @@ def _read_head(reader: Reader) -> Head:
     dims = reader.varint() if dims == 7 else dims
     if number >= len(DTYPES) or dims > 32:
         raise FormatError(f"the file is corrupt or newer: a tensor has type {number} and {dims} dimensions")
-    shape = tuple(reader.varint() for _ in range(dims))
-    if prod(max(size, 1) for size in shape) >= LARGEST_TENSOR:  # a size of zero must not hide the others
+    shape = tuple([reader.varint() for _ in range(dims)])
+    if prod([size or 1 for size in shape]) >= LARGEST_TENSOR:  # a size of zero must not hide the others
         raise FormatError(f"the file is corrupt: a tensor has the shape {shape[:4]}{'...' if dims > 4 else ''}")
     reader.spend(prod(shape) * max(DTYPES[number].itemsize, 4))
     return shape, DTYPES[number]
@@ -151,8 +156,10 @@ def _read_raw(reader: Reader, head: Head, kind: int, depth: int) -> Body:
     if number > len(NARROWER):
         raise FormatError(f"the file is corrupt or newer: a tensor is stored as the unknown type {number}")
     stored = NARROWER[number - 1] if number else dtype
-    raw = np.frombuffer(reader.code(prod(shape) * stored.itemsize), dtype=np.uint8)
-    return Body(from_bytes(raw, stored, shape).to(dtype), 0)
+    data = reader.code(prod(shape) * stored.itemsize)
+    if not data or stored == torch.bool:
+        return Body(from_bytes(np.frombuffer(data, dtype=np.uint8), stored, shape).to(dtype), 0)
+    return Body(torch.frombuffer(bytearray(data), dtype=stored).view(shape).to(dtype), 0)
 
 
 def _read_planes(reader: Reader, head: Head, kind: int, depth: int) -> Body:
@@ -185,43 +192,71 @@ def _read_table(reader: Reader, head: Head, kind: int, depth: int) -> Body:
     if values.dtype != dtype or values.dim() != 1 or not 0 < len(values) <= WIDEST:
         raise FormatError("the file is corrupt: a table of values has another type or shape than its tensor")
     side = reader.position - start
-    made = Weights(reader, head, Table(values), torch.int32 if kind & DECLARED else None)
+    made = Weights(reader, head, Table(values), kind, torch.int32, wanted=ALL if depth else reader.wanted)
     coder = unpack_into(reader, prod(shape), len(values), made.take)
     return Body(made.weight, side, coder, made.streams(len(values)), len(values), made.codes())
+
+
+def _spread(symbols: Any, table: Any, out: Any) -> None:
+    """Looks each symbol up; narrow ones come from a coder that is compiled, for speed, and so is this."""
+    if symbols.dtype.itemsize > 2:
+        np.take(table, symbols, out=out, mode="clip")  # all are in range: to check again would take a copy
+        return
+    from featherweight.coding.rans_kernels import spread
+
+    spread(symbols, table, out)
 
 
 class Weights:
     """A weight that symbols are turned into block by block, and the integers behind it if these are to be kept."""
 
     def __init__(
-        self, reader: Reader, head: Head, rule: Table | Affine, keep: torch.dtype | None, low: int = 0, size: int = 0
+        self,
+        reader: Reader,
+        head: Head,
+        rule: Table | Affine,
+        kind: int,
+        integers: torch.dtype,
+        alphabet: tuple[int, int] = (0, 0),
+        *,
+        wanted: Wanted,
     ) -> None:
-        self.rule, self.low, (self.shape, dtype) = rule, low, head
-        self.weight = torch.empty(self.shape, dtype=dtype)
-        self.whole = None if keep is None else torch.empty(self.shape, dtype=keep)
-        self.table = self._table(dtype, size)
+        self.shape, dtype = head
+        self.rule, (self.low, size) = rule, alphabet
+        self.whole = torch.empty(self.shape, dtype=integers) if kind & DECLARED and wanted.codes else None
+        needed = wanted.weights or self.whole is None or kind & SIGNS  # signs are counted by the zeros
+        own = dtype if kind & SIGNS or dtype not in FLOATS else wanted.dtype or dtype
+        self.weight = torch.empty(self.shape, dtype=own, device="cpu" if needed else "meta")
+        self.table = self._table(dtype, size) if needed else None
+        self.table = self.table if self.table is None else self.table.to(own)
         self.weigh, self.seen = reader.weigh, list[Ints]()
 
     def _table(self, dtype: torch.dtype, size: int) -> Tensor | None:
         """The weight for each symbol, where it is the same all over the tensor and there are not too many."""
         if isinstance(self.rule, Table):
             return self.rule.values
-        if self.rule.scale.numel() > 1 or self.rule.zero_point.numel() > 1 or size > max(256, self.weight.numel()):
+        scale, zero = self.rule.scale, self.rule.zero_point
+        if scale.numel() > 1 or zero.numel() > 1 or size > max(256, self.weight.numel()):
             return None
-        return Affine(self.rule.scale.view(()), self.rule.zero_point.view(())).decode(
-            torch.arange(self.low, self.low + size), (size,)
-        )
+        first = self.low - int(zero) if not zero.is_floating_point() else EXACT
+        if dtype == torch.float32 and -EXACT <= first <= first + size <= EXACT:  # the same in fewer steps
+            return torch.arange(first, first + size, dtype=dtype) * scale
+        whole = torch.arange(self.low, self.low + size)
+        return Affine(scale.view(()), zero.view(())).decode(whole, (size,))
 
     def take(self, start: int, symbols: Ints) -> None:
-        flat = self.weight.view(-1)[start : start + len(symbols)]
         if self.weigh:
             self.seen.append(symbols)
         if self.whole is not None:
             kept = self.whole.view(-1)[start : start + len(symbols)]
             kept.copy_(torch.from_numpy(symbols))
-            kept += self.low
+            if self.low:
+                kept += self.low
+        if self.weight.is_meta:
+            return
+        flat = self.weight.view(-1)[start : start + len(symbols)]
         if self.table is not None and self.table.element_size() <= 8:
-            patterns_of(flat)[:] = patterns_of(self.table)[symbols]
+            _spread(symbols, patterns_of(self.table), patterns_of(flat))
             return
         for at in range(0, len(symbols), PIECE):
             some = symbols[at : at + PIECE].astype(np.int64)
@@ -264,7 +299,7 @@ def _read_affine(reader: Reader, head: Head, kind: int, depth: int) -> Body:
     if not limits.min <= low <= low + size - 1 <= limits.max:
         raise FormatError(f"the file is corrupt: integers from {low} to {low + size - 1} are no {integers}")
     side = reader.position - start
-    made = Weights(reader, head, rule, integers if kind & DECLARED else None, low, size)
+    made = Weights(reader, head, rule, kind, integers, (low, size), wanted=reader.wanted)
     coder = unpack_into(reader, prod(shape), size, made.take)
     return _signed(reader, head, kind, Body(made.weight, side, coder, made.streams(size), size, made.codes()))
 
@@ -307,10 +342,10 @@ def _read_tables(reader: Reader, head: Head, kind: int, depth: int) -> Body:
 def _signed(reader: Reader, head: Head, kind: int, body: Body) -> Body:
     """The body with the signs of its zeros corrected, if the record says that they must be."""
     tensor = body.tensor.contiguous()
-    if (tuple(tensor.shape), tensor.dtype) != head:
+    if tuple(tensor.shape) != head[0] or tensor.dtype not in (head[1], reader.wanted.dtype):
         raise FormatError("the file is corrupt: codes decode to another shape or type than their tensor")
     if not kind & SIGNS:
-        return replace(body, tensor=tensor)
+        return body if tensor is body.tensor else replace(body, tensor=tensor)
     if tensor.dtype not in FLOATS:
         raise FormatError(f"the file is corrupt: a tensor of type {tensor.dtype} has signs of zeros")
     start, zeros = reader.position, tensor == 0
