@@ -142,9 +142,7 @@ def _placed(place: Slot, tensor: Tensor, device: torch.device, taken: set[int]) 
     if old.shape == tensor.shape and old.dtype == tensor.dtype and not old.is_meta and id(old) not in taken:
         old.detach().copy_(tensor)
         return old
-    fresh = tensor.to(
-        old.device if not old.is_meta else device
-    )
+    fresh = tensor.to(old.device if not old.is_meta else device)
     if isinstance(old, nn.Parameter):
         return nn.Parameter(fresh, requires_grad=old.requires_grad and fresh.is_floating_point())
     return fresh
