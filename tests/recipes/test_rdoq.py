@@ -1,7 +1,5 @@
 """Rate-distortion optimised rounding: fewer bits for little error, and exactly the nearest integers without a rate."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -27,12 +25,12 @@ def test_at_equal_bits_its_error_is_below_that_of_rounding_to_the_nearest() -> N
     assert error < 0.97 * np.interp(bits, nearest[::-1, 0], nearest[::-1, 1])
 
 
-def test_without_a_rate_every_weight_goes_to_the_nearest_integer() -> None:
-    model, task = small_cnn(), small_task()
-    one = bake(rdoq(copy.deepcopy(model), task, rate=0.0, calibration_batches=2))
-    codes = codes_of(one[0])
-    assert codes is not None
-    assert torch.equal(codes.symbols.double(), (model[0].weight.detach().double() / codes.rule.scale.double()).round())
+def test_one_state_means_one_grid_of_integers_for_weights_and_biases() -> None:
+    one = bake(rdoq(small_cnn(), small_task(), loss=0.001, calibration_batches=2))
+    for name in ("weight", "bias"):
+        codes = codes_of(one[8], name)
+        assert codes is not None
+        assert torch.equal(codes.decode(), getattr(one[8], name))
 
 
 def test_a_loss_beyond_the_numbers_is_refused() -> None:

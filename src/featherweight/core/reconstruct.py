@@ -88,9 +88,9 @@ def gather(
         flat, out = seen.reshape(len(seen), -1, seen.shape[-1]), output.reshape(len(output), -1, output.shape[-1])
         columns = flat.shape[-1]
     else:
-        seen, output = _batched(layer, seen), _batched(layer, output)
+        seen, output = batched(layer, seen), batched(layer, output)
         out, columns = output.flatten(2).mT, layer.weight[0].numel()  # type: ignore[index]
-        flat, index = _patch_index(layer, seen, output.shape[2:])
+        flat, index = patch_index(layer, seen, output.shape[2:])
     sample, place = drawn(len(out), out.shape[1], positions, generator)
     for part in torch.arange(len(sample)).split(max(1, CHUNK // columns)):
         i, p = sample[part].to(out.device), place[part].to(out.device)
@@ -112,11 +112,11 @@ def drawn(samples: int, places: int, positions: int | None, generator: torch.Gen
     return torch.arange(samples).repeat_interleave(count), place.flatten()
 
 
-def _batched(layer: nn.Module, x: Tensor) -> Tensor:
+def batched(layer: nn.Module, x: Tensor) -> Tensor:
     return x if x.dim() == layer.weight.dim() else x[None]  # type: ignore[operator]
 
 
-def _patch_index(layer: nn.Module, x: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
+def patch_index(layer: nn.Module, x: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
     """The padded inputs (samples, channels, places) and the places (outputs, kernel) under the kernel of each output.
 
     Unfolding everything would take kernel-many copies of the input; an index takes only what was drawn.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from featherweight.core.ledger import note
+from featherweight.core.study import sample_dim
 from featherweight.core.task import Batch, Task, eval_mode, run
 from featherweight.errors import BadData
 
@@ -77,6 +78,50 @@ def walk(model: nn.Module, task: Task, batch: Batch, paths: Iterable[str], chang
         for handle in handles:
             handle.remove()
     return list(left)
+
+
+def beside(
+    model: nn.Module,
+    original: nn.Module,
+    task: Task,
+    batch: Batch,
+    paths: Iterable[str],
+    change: Callable[[str, nn.Module, Tensor, Tensor], None],
+) -> list[str]:
+    """`walk`, with the original network in the same pass: every sample goes through both.
+
+    Before a layer runs for the first time, `change(path, layer, theirs, ours)` sees the inputs of both networks. The
+    batch is given twice, and the first half of what each of these layers puts out is the original layer's. Where no
+    dimension of a layer's input counts the samples, or the layer does not run, it is left as it is and returned.
+    """
+    paths, samples = list(paths), len(pytree.tree_flatten(batch)[0][0])
+    double = pytree.tree_map(lambda value: torch.cat([value, value]) if _batched(value) else value, batch)
+    seen: dict[str, int] = {}
+
+    def halves(path: str, layer: nn.Module, value: Tensor) -> None:
+        channel = value.dim() - (1 if isinstance(layer, nn.Linear) else layer.weight.dim() - 1)  # type: ignore[operator]
+        dim = sample_dim(value.shape, channel, 2 * samples)
+        if dim is not None:
+            seen[path] = dim
+            theirs, ours = value.chunk(2, dim)
+            change(path, layer, theirs, ours)
+
+    def behind(path: str) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if path not in seen:
+                return None
+            theirs, ours = args[0].chunk(2, seen[path])[0], output.chunk(2, seen[path])[1]
+            return torch.cat([plain(original.get_submodule(path), theirs), ours], seen[path])
+
+        return hook
+
+    handles = [model.get_submodule(path).register_forward_hook(behind(path)) for path in paths]
+    try:
+        walk(model, task, double, paths, halves)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [path for path in paths if path not in seen]
 
 
 def plain(layer: nn.Module, value: Tensor) -> Tensor:

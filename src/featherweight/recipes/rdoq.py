@@ -4,7 +4,8 @@ Simon Wiedemann et al., "DeepCABAC: A Universal Compression Algorithm for Deep N
 section III-C: of all integers the one with the least `eta (w / d - q)^2 + lambda * bits(q)`. See `trellis`, of which it
 is the case of one state.
 
-Departs from the paper: as `trellis`; `eta` is one in a layer, and the layer's curvature is in its step.
+Departs from the paper: as `trellis`, with feedback of the errors and a fit of each layer to the ones before; in the
+place of `eta` stands the curvature of the loss, and steps follow from it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def rdoq(
     task: Task,
     *,
     loss: Positive = 0.003,
-    rate: Annotated[float, Ge(0)] = 0.1,
+    rate: Annotated[float, Ge(0)] = 0.6,
     calibration_batches: Count = 8,
     where: WhereWeighted = None,
 ) -> nn.Module:
@@ -41,8 +42,7 @@ def rdoq(
 
     Args:
         loss: by how much the mean loss may grow, foretold from its curvature; a smaller file for a larger one.
-        rate: how much a bit counts, 1 for the slope of the rate-distortion curve (on a LeNet-300-100 the divergence of
-            its outputs grew faster than squared error did, and 0.1 was best); 0 for the nearest integer.
+        rate: how much a bit counts, 1 for the slope of the rate-distortion curve; 0 for the nearest integer.
         calibration_batches: how many batches of the calibration (or training) data to look at.
         where: which layers; all linear and convolution layers when left out.
 

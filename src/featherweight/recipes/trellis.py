@@ -1,4 +1,4 @@
-"""Dependent quantization: weights on the paths of a trellis, rounded for the coder that writes them.
+"""Dependent quantization: weights on the paths of a trellis, rounded for the coder that writes them, with feedback.
 
 Heiko Schwarz, Tung Nguyen, Detlev Marpe, Thomas Wiegand, "Hybrid Video Coding with Trellis-Coded Quantization", DCC
 2019; Paul Haase et al., "Dependent Scalar Quantization for Neural Network Compression", ICIP 2020, as in the standard
@@ -6,42 +6,63 @@ ISO/IEC 15938-17. Two grids, the even and the odd multiples of a step d (zero is
 each level moves a machine of 4 or 8 states, whose state says which grid the next weight is on. Points lie as densely as
 on one grid of step d, and cost as many bits as on one of step 2d. Of all paths the one with the least
 
-    sum of (w / d - q)^2 + lambda * bits
+    cost of the errors + lambda * bits
 
 is taken (Viterbi), as in rate-distortion optimised quantization, which is the same without a trellis (`rdoq`).
 
-Departs from the paper: steps follow from one number for the whole network, the loss that may be added: with the
-mean curvature h of a layer (diagonal Gauss-Newton), `d = sqrt(2 loss / (n kappa h))` for n weights, so that every layer
-adds the same loss per weight; rates are frequencies of levels in groups of like rows and columns, counted anew in
-each of three rounds, not the states of the coder; biases and norms stay as they are. `lambda` is the slope of the
-rate-distortion curve at high rate, `2 ln 2` times the distortion kappa (in squares of a step).
+Departs from the paper: there errors cost their squares and layers stand alone.
+
+- The errors e of a row of a layer's weights cost `1/2 g e H e'`, with the Kronecker factors of the loss's curvature
+  (`core/layer_error`), and each path feeds its errors into the weights that it has not rounded yet: the feedback of
+  GPTQ (Frantar et al., ICLR 2023, arXiv:2210.17323), path by path (`core/trellis`). The bias comes last and takes back
+  what the errors do to the mean.
+- Layers are rounded in the order in which they run. Each is first fitted, by least squares with a ridge, to put out of
+  what the layers before it now give it what the original layer gave (as in GPTAQ, Li et al., ICML 2025,
+  arXiv:2504.02692); its moments are taken over at most 64 positions of a sample.
+- Batch norms are folded first, where that is legal; biases of layers are put on a grid of their own.
+- One number for the whole network, the loss that may be added, sets the slope `lambda = 2 ln 2 loss / n` for n weights
+  at which every layer trades error for bits, and steps follow: those of the rate-distortion curve at high rate for the
+  weights that are not about to become zero, rows with a larger g on finer ones by powers of the root of two. How
+  far steps and slopes are from these formulas (`WIDER`, `rate`) was chosen on a ResNet-20.
+- Rates are frequencies of levels in groups of like rows and columns, counted anew in each of three rounds, not the
+  states of the coder.
+- A layer whose weights are no product with columns of its inputs (a transposed convolution, one that code uses without
+  calling it) has errors that cost their squares times its mean curvature.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal, final
 
 import numpy as np
 import torch
 from annotated_types import Ge
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from featherweight.allowed import Count, Positive
 from featherweight.catalogue import recipe
-from featherweight.core.curvature import ggn_diagonal
-from featherweight.core.forms import attach
-from featherweight.core.ledger import note
+from featherweight.core.curvature import ggn_diagonal, some_batches
+from featherweight.core.fold import NORMS, fold_batchnorm
+from featherweight.core.forms import along, attach, bake, has_forms
+from featherweight.core.layer_error import Curvature, curvatures, joint_moments, no_columns
+from featherweight.core.ledger import note, skip
 from featherweight.core.levels import LARGEST, FixedGrid, not_zero
 from featherweight.core.site import Site, per_layer
-from featherweight.core.study import Study
 from featherweight.core.surgery import WhereWeighted
 from featherweight.core.task import Task, cross_entropy
-from featherweight.core.trellis import quantized
-from featherweight.errors import BadOption
+from featherweight.core.trellis import Floats, Ints, Metric, quantized
+from featherweight.core.walk import beside, joined, plain
+from featherweight.errors import BadOption, TraceError
 
 KAPPA = {1: 1 / 12, 4: 0.28, 8: 0.27}  # about the mean squared error in squares of a step; a path of no rate has 0.26
+WIDER = 1.6  # than the step of the formula
+DRAWS = 2  # classes of each sample for the curvature
+ALIKE = 0.5  # share of the curvature that counts all samples alike
+DAMPING = 0.01  # of the mean diagonal of moments, added to it
 NonNegative = Annotated[float, Ge(0)]
 
 
@@ -58,7 +79,7 @@ def trellis(
     *,
     loss: Positive = 0.003,
     states: Literal[4, 8] = 8,
-    rate: NonNegative = 0.1,
+    rate: NonNegative = 0.6,
     calibration_batches: Count = 8,
     where: WhereWeighted = None,
 ) -> nn.Module:
@@ -67,8 +88,7 @@ def trellis(
     Args:
         loss: by how much the mean loss may grow, foretold from its curvature; a smaller file for a larger one.
         states: of the trellis.
-        rate: how much a bit counts, 1 for the slope of the rate-distortion curve (on a LeNet-300-100 the divergence of
-            its outputs grew faster than squared error did, and 0.1 was best); 0 for the nearest path.
+        rate: how much a bit counts, 1 for the slope of the rate-distortion curve; 0 for the nearest path.
         calibration_batches: how many batches of the calibration (or training) data to look at.
         where: which layers; all linear and convolution layers when left out.
 
@@ -83,37 +103,192 @@ def trellis(
 def rounded(
     model: nn.Module, task: Task, loss: float, *, states: int, rate: float, batches: int, where: WhereWeighted
 ) -> nn.Module:
-    """Steps from the curvature, then every layer's weights on the best path."""
+    """Layer after layer: fitted to what it sees now, rounded with feedback, its bias last."""
+    model = folded(model, task)
     found = not_zero(per_layer(model, "loss", loss, where)[0])
-    steps = steps_of(model, task, found, loss, kappa=KAPPA[states], batches=batches)
-    for path, site in found.items():
-        weight = (site.weight.double() * site.keep).cpu()
-        if float(weight.abs().max()) / steps[path] > LARGEST:
-            raise BadOption(f"loss={loss} puts weights of {path} more than 2^24 steps from zero: choose a larger one")
-        slope = rate * 2 * math.log(2) * KAPPA[states]
-        points = torch.from_numpy(quantized(weight.flatten(1).numpy(), steps[path], states, slope)).view(weight.shape)
-        put(site, points, steps[path], model)
-        note(f"{path}: step {steps[path]:.3g}, {float((points == 0).double().mean()):.1%} zeros")
+    original, data = bake(copy.deepcopy(model)), some_batches(task, batches)
+    whole = [path for path, site in found.items() if whole_matrix(path, site)]
+    known = curvatures(model, task, whole, data, draws=DRAWS, plain=ALIKE)
+    left = {path: site for path, site in found.items() if path not in known}
+    draws = 1 if task.loss is cross_entropy else None
+    others = ggn_diagonal(model, task, left, data, draws=draws) if left else {}
+    size = {path: float(one.inputs.diagonal(dim1=1, dim2=2).mean()) for path, one in known.items()}
+    size |= {path: float(one.mean()) for path, one in others.items()}
+    count = sum(site.weight.numel() for site in found.values())
+    rounding = Rounding(model, loss, 2 * math.log(2) * loss / count, max(size.values()), states, rate)
+
+    def change(path: str, layer: nn.Module, theirs: Tensor, ours: Tensor) -> None:
+        before = original.get_submodule(path)
+        rounding.fed_back(path, found[path], known[path], joint_moments(before, ours, plain(before, theirs)))
+
+    for path in beside(model, original, task, joined(task, batches), known, change):
+        rounding.fed_back(path, found[path], known[path], None)
+    for path in others:
+        rounding.squared(path, found[path], size[path])
     return model
 
 
-def steps_of(
-    model: nn.Module, task: Task, found: Mapping[str, Site], loss: float, *, kappa: float, batches: int
-) -> dict[str, float]:
-    """The step of each layer with which all weights together are foretold to add so much loss, each one as much."""
-    draws = 1 if task.loss is cross_entropy else None
-    data = Study(model, task, list(found), batches).batches()
-    curvature = ggn_diagonal(model, task, found, data, draws=draws)
-    mean = {path: float(one.mean()) for path, one in curvature.items()}
-    least = 1e-6 * max(mean.values()) or 1e-12  # a layer that no sample moves still gets a step
-    count = sum(site.weight.numel() for site in found.values())
-    return {path: math.sqrt(2 * loss / (count * kappa * max(one, least))) for path, one in mean.items()}
+def folded(model: nn.Module, task: Task) -> nn.Module:
+    """The network with batch norms in the layers before them, as far as its graph can be traced."""
+    if not any(isinstance(module, NORMS) for module in model.modules()):
+        return model
+    try:
+        return fold_batchnorm(model, task.inputs())
+    except TraceError as error:
+        note(f"batch norms stay: {error}")
+        return model
 
 
-def put(site: Site, points: torch.Tensor, step: float, root: nn.Module) -> None:
-    """Weights at integer multiples of a step of their own type, on a grid that says so."""
-    scale = torch.tensor(float(np.float32(step)), dtype=site.weight.dtype, device=site.weight.device)
-    with torch.no_grad():
-        site.held.copy_((points.to(scale.device).to(scale.dtype) * scale).view_as(site.held))
-    most = max(int(points.abs().max()), 1)
-    attach(site.module, FixedGrid(scale, -most, most), at=site.name, root=root)
+def whole_matrix(path: str, site: Site) -> bool:
+    """Whether errors of a layer's weights can be told from its inputs; of others it is said that they cannot."""
+    if reason := no_columns(site.module):
+        skip(path, f"its errors are not fed back: {reason}")
+    return not reason
+
+
+@final
+@dataclass(frozen=True)
+class Rounding:
+    """How the layers of a network are rounded: at the slope, in nats a bit, at which all of them trade error for bits.
+
+    `largest` is the largest mean curvature of a layer: one that no sample moves is taken to have a millionth of it.
+    """
+
+    model: nn.Module
+    loss: float
+    slope: float
+    largest: float
+    states: int
+    rate: float
+
+    def fed_back(self, path: str, site: Site, curvature: Curvature, moments: tuple[Tensor, Tensor] | None) -> None:
+        """Rounds a layer group by group; the errors of a row go into the weights, and the bias, that come later."""
+        groups, free = len(curvature.inputs), bias_of(site.module)
+        both, inputs = augmented(site, free), curvature.inputs
+        if free is None:
+            moments = None if moments is None or site.module.bias is not None else cut(*moments)
+            inputs = inputs[:, :-1, :-1]
+        goals = both if moments is None else fitted(both.unflatten(0, (groups, -1)), *moments).flatten(0, 1)
+        columns = site.weight[0].numel()
+        metrics = [
+            Metric.of(damped(one, columns, self.largest).numpy(), outputs.numpy())
+            for one, outputs in zip(inputs / 2, curvature.outputs.view(groups, -1), strict=True)
+        ]
+        costs = np.concatenate([one.outputs[:, None] * one.columns[:columns] for one in metrics])
+        weight, kept = goals[:, :columns].numpy(), site.keep.flatten(1).numpy()
+        scale = self.steps(path, weight, costs, site.weight)
+        steps = np.broadcast_to(scale.double().cpu().numpy(), len(weight))
+        rows = np.split(np.arange(len(weight)), groups)
+        points = np.concatenate(
+            [
+                self._points(weight[own], steps[own], metric.first(columns), kept[own])
+                for own, metric in zip(rows, metrics, strict=True)
+            ]
+        )
+        self._put(path, site, torch.from_numpy(points), scale)
+        if free is None:
+            return
+        now = points * steps[:, None]
+        if moments is None:
+            back = [(weight - now)[own] @ one.factor[columns, :columns] for own, one in zip(rows, metrics, strict=True)]
+            bias = goals[:, columns] + torch.from_numpy(np.concatenate(back))
+        else:
+            bias = centred(torch.from_numpy(now).unflatten(0, (groups, -1)), *moments)
+        self.bias(site, bias, float(np.mean([one.columns[columns] for one in metrics])))
+
+    def steps(self, path: str, weight: Floats, costs: Floats, like: Tensor) -> Tensor:
+        """The step of each row, or one in all where they agree, of the weight's type.
+
+        At high rate all weights are to add the same loss, `cost step^2 kappa = slope / 2 ln 2`; those that will be
+        zero do not count.
+        """
+        own = costs.mean(1)
+        finest = 2 if weight.shape[1] >= 64 else 1  # powers of the root of two, or of two where a row is short
+        relative = -0.5 * np.log2(np.maximum(own / max(own.mean(), 1e-300), 1e-3))
+        relative = np.exp2(np.round(finest * relative) / finest)
+        costs = costs * relative[:, None] ** 2
+        alive = costs * (weight / relative[:, None]) ** 2 > 0.3 * self.slope
+        mean = float(costs[alive].mean() if alive.any() else costs.mean())
+        step = WIDER * math.sqrt(self.slope / (2 * math.log(2) * KAPPA[self.states] * mean))
+        found = torch.from_numpy(step * relative).to(like.device, like.dtype)
+        scale = found[0] if bool((found == found[0]).all()) else found
+        if np.abs(weight).max() > LARGEST * float(scale.min()):
+            raise self._told(path)
+        return scale
+
+    def bias(self, site: Site, bias: Tensor, cost: float) -> None:
+        """A layer's bias on a grid whose step adds as much loss as that of a weight."""
+        held: nn.Parameter = site.module.bias  # type: ignore[assignment]
+        step = torch.tensor(math.sqrt(12 * self.slope / (2 * math.log(2) * cost))).to(held.device, held.dtype)
+        points = (bias / step.double().cpu()).round()
+        most = max(int(points.abs().max()), 1)
+        if most > LARGEST or not float(step) > 0:
+            return
+        with torch.no_grad():
+            held.copy_(points.to(held.device, held.dtype) * step)
+        attach(site.module, FixedGrid(step, -most, most), at="bias", root=self.model)
+
+    def squared(self, path: str, site: Site, curvature: float) -> None:
+        """Rounds a layer whose errors cost their squares."""
+        weight = (site.weight.double() * site.keep.to(site.weight.device)).cpu()
+        flat = weight.flatten(1).numpy()
+        cost = max(curvature, 1e-6 * self.largest, 1e-300) / 2
+        scale = self.steps(path, flat, np.full(flat.shape, cost), site.weight)
+        metric = Metric.plain(flat.shape[0], flat.shape[1], cost)
+        points = self._points(flat, float(scale), metric, site.keep.flatten(1).numpy())
+        self._put(path, site, torch.from_numpy(points), scale)
+
+    def _points(self, weight: Floats, steps: Floats | float, metric: Metric, kept: NDArray[np.bool_]) -> Ints:
+        return quantized(weight, steps, self.states, self.slope * self.rate, metric=metric, kept=kept)
+
+    def _put(self, path: str, site: Site, points: Tensor, scale: Tensor) -> None:
+        """Weights at integer multiples of steps of their own type, on a grid that says so."""
+        most = max(int(points.abs().max()), 1)
+        if most > LARGEST:
+            raise self._told(path)
+        axis = 0 if scale.dim() else None
+        weight = points.view(site.weight.shape).to(scale.device, scale.dtype)
+        with torch.no_grad():
+            site.held.copy_((weight * along(scale, axis, weight.dim())).view_as(site.held))
+        attach(site.module, FixedGrid(scale, -most, most, axis=axis), at=site.name, root=self.model)
+        note(f"{path}: step {float(scale.min()):.3g}, {float((points == 0).double().mean()):.1%} zeros")
+
+    def _told(self, path: str) -> BadOption:
+        return BadOption(f"loss={self.loss} puts weights of {path} more than 2^24 steps from zero: choose a larger one")
+
+
+def bias_of(layer: nn.Module) -> nn.Parameter | None:
+    """A layer's bias, if it has one that no form holds."""
+    bias = None if has_forms(layer, "bias") else layer.bias
+    return bias if isinstance(bias, nn.Parameter) else None
+
+
+def augmented(site: Site, bias: nn.Parameter | None) -> Tensor:
+    """A layer's weights (outputs, columns), and its bias, if it is to be rounded, behind them; float64."""
+    weight = (site.weight.double() * site.keep.to(site.weight.device)).flatten(1).cpu()
+    return weight if bias is None else torch.cat([weight, bias.detach().double().cpu()[:, None]], 1)
+
+
+def cut(xx: Tensor, yx: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments without those of the one that stands for a bias."""
+    return xx[:, :-1, :-1], yx[:, :, :-1]
+
+
+def damped(matrix: Tensor, columns: int, largest: float) -> Tensor:
+    """With something added to the diagonal, so that it is positive; a bias, behind the columns, gets little."""
+    mean = max(float(matrix.diagonal()[:columns].mean()), 1e-6 * largest, 1e-300)
+    added = torch.full((len(matrix),), 1e-6 * mean, dtype=matrix.dtype)
+    added[:columns] = DAMPING * mean
+    return matrix + added.diag()
+
+
+def fitted(weight: Tensor, xx: Tensor, yx: Tensor) -> Tensor:
+    """The weights (groups, outputs, columns) that make `y` of `x` best, drawn to the given ones by a ridge."""
+    ridge = DAMPING * xx.diagonal(dim1=1, dim2=2).mean(1)
+    ready = xx + ridge[:, None, None].clamp_min(1e-12) * torch.eye(xx.shape[1], dtype=xx.dtype)
+    return weight + torch.linalg.solve(ready, (yx - weight @ xx).mT).mT
+
+
+def centred(weight: Tensor, xx: Tensor, yx: Tensor) -> Tensor:
+    """The bias (outputs,) with which weights (groups, outputs, columns) put out `y` on average."""
+    return ((yx[..., -1] - (weight @ xx[:, :-1, -1:])[..., 0]) / xx[:, -1:, -1]).flatten()
