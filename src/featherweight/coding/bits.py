@@ -63,8 +63,8 @@ class Reader:
     `spare` by how many bytes theirs are longer than what their models ideally take.
     """
 
-    def __init__(self, data: bytes, allowance: int | Allowance, wanted: Wanted = ALL) -> None:
-        self.data, self.position = data, 0
+    def __init__(self, data: bytes | memoryview, allowance: int | Allowance, wanted: Wanted = ALL) -> None:
+        self.data, self.position = memoryview(data), 0
         self.allowance = allowance if isinstance(allowance, Allowance) else Allowance(allowance)
         self.wanted, self.weigh, self.coded, self.spare = wanted, wanted.weigh, 0, 0.0
 
@@ -74,6 +74,14 @@ class Reader:
 
     def take(self, count: int) -> bytes:
         """The next `count` bytes.
+
+        Raises:
+            FormatError: there are fewer.
+        """
+        return bytes(self.view(count))
+
+    def view(self, count: int) -> memoryview:
+        """The next `count` bytes, not copied.
 
         Raises:
             FormatError: there are fewer.

@@ -567,10 +567,10 @@ def _check(reader: Reader, start: int) -> None:
 
 def _blocks(reader: Reader) -> list[Packed | int]:
     """The records of a full file; in threads, once they have taken long enough for that to pay."""
-    bodies: list[bytes] = []
+    bodies: list[memoryview] = []
     while reader.left:
         start = reader.position
-        body = reader.take(reader.varint())
+        body = reader.view(reader.varint())
         _check(reader, start)
         bodies.append(body)
     begun, records = perf_counter(), list[Packed | int]()
@@ -579,7 +579,7 @@ def _blocks(reader: Reader) -> list[Packed | int]:
     return records + each(lambda body: _block(body, reader), bodies[len(records) :])
 
 
-def _block(body: bytes, reader: Reader) -> Packed | int:
+def _block(body: memoryview, reader: Reader) -> Packed | int:
     inner = Reader(body, reader.allowance, reader.wanted)
     packed = read_tensor(inner)
     if inner.left:

@@ -92,10 +92,15 @@ def decode(words: Any, states: Any, table: Any, bits: int, out: Any) -> bool:
 
 
 @njit(cache=True, nogil=True)
-def spread(symbols: Any, table: Any, out: Any) -> None:
-    """Fills `out` with the entry of a table for each symbol, all of which it has."""
-    for i in range(len(symbols)):
-        out[i] = table[symbols[i]]
+def spread(symbols: Any, table: Any, out: Any, start: int, run: int, size: int) -> None:
+    """Fills `out` with the entry of a table of (rows, size) for each symbol: `run` places have a row, then the next."""
+    rows, i = len(table) // size, 0
+    while i < len(symbols):
+        row, stop = (start + i) // run % rows * size, min(len(symbols), i + run - (start + i) % run)
+        own = table[row : row + size]
+        for k in range(i, stop):
+            out[k] = own[symbols[k]]
+        i = stop
 
 
 @njit(cache=True)

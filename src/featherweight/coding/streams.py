@@ -285,7 +285,7 @@ def unpack_into(reader: Reader, count: int, size: int, take: Take) -> str:
     return f"{len(blocks)} blocks ({', '.join(dict.fromkeys(coders))})"
 
 
-def _read_blocks(reader: Reader, count: int, size: int) -> list[tuple[int, int, bytes]]:
+def _read_blocks(reader: Reader, count: int, size: int) -> list[tuple[int, int, memoryview]]:
     """Of each block the first symbol, how many there are, and its stream."""
     head, number = reader.byte(), reader.varint()
     if head != BLOCKS or not 1 < size <= WIDEST or not 0 < number <= count // LEAST_BLOCK + 1:
@@ -294,7 +294,7 @@ def _read_blocks(reader: Reader, count: int, size: int) -> list[tuple[int, int, 
     if sum(some for some, _ in sizes) != count or any(some < LEAST_BLOCK for some, _ in sizes[:-1]):
         raise FormatError("the file is corrupt: blocks do not make their stream")
     starts = np.cumsum([0, *(some for some, _ in sizes)]).tolist()
-    return [(start, some, reader.take(length)) for start, (some, length) in zip(starts, sizes, strict=False)]
+    return [(start, some, reader.view(length)) for start, (some, length) in zip(starts, sizes, strict=False)]
 
 
 def unpack_all(reader: Reader, count: int, size: int) -> tuple[Any, str]:

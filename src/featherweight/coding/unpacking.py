@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +44,7 @@ from featherweight.errors import FormatError
 
 FREE = 16 << 20  # bytes that a file may describe, however short it is
 PER_BYTE = 256  # bytes that each byte of a file may describe beyond that
-PIECE = 1 << 15  # elements that are worked on at a time where it takes copies
+PIECE = 1 << 14  # elements that are worked on at a time where it takes copies
 EXACT = 1 << 24  # integers up to here are float32
 LARGEST_TENSOR = 1 << 48  # elements: what lies beyond cannot be counted safely
 Head = tuple[tuple[int, ...], torch.dtype]
@@ -192,19 +191,11 @@ def _read_table(reader: Reader, head: Head, kind: int, depth: int) -> Body:
     if values.dtype != dtype or values.dim() != 1 or not 0 < len(values) <= WIDEST:
         raise FormatError("the file is corrupt: a table of values has another type or shape than its tensor")
     side = reader.position - start
-    made = Weights(reader, head, Table(values), kind, torch.int32, wanted=ALL if depth else reader.wanted)
+    made = Weights(
+        reader, head, Table(values), kind, torch.int32, (0, len(values)), wanted=ALL if depth else reader.wanted
+    )
     coder = unpack_into(reader, prod(shape), len(values), made.take)
     return Body(made.weight, side, coder, made.streams(len(values)), len(values), made.codes())
-
-
-def _spread(symbols: Any, table: Any, out: Any) -> None:
-    """Looks each symbol up; narrow ones come from a coder that is compiled, for speed, and so is this."""
-    if symbols.dtype.itemsize > 2:
-        np.take(table, symbols, out=out, mode="clip")  # all are in range: to check again would take a copy
-        return
-    from featherweight.coding.rans_kernels import spread
-
-    spread(symbols, table, out)
 
 
 class Weights:
@@ -217,32 +208,41 @@ class Weights:
         rule: Table | Affine,
         kind: int,
         integers: torch.dtype,
-        alphabet: tuple[int, int] = (0, 0),
+        alphabet: tuple[int, int],
         *,
         wanted: Wanted,
     ) -> None:
         self.shape, dtype = head
-        self.rule, (self.low, size) = rule, alphabet
+        self.rule, (self.low, self.size) = rule, alphabet
         self.whole = torch.empty(self.shape, dtype=integers) if kind & DECLARED and wanted.codes else None
         needed = wanted.weights or self.whole is None or kind & SIGNS  # signs are counted by the zeros
         own = dtype if kind & SIGNS or dtype not in FLOATS else wanted.dtype or dtype
         self.weight = torch.empty(self.shape, dtype=own, device="cpu" if needed else "meta")
-        self.table = self._table(dtype, size) if needed else None
+        self.table = self._table(dtype, self.size) if needed else None
         self.table = self.table if self.table is None else self.table.to(own)
+        self.run = self._run()
         self.weigh, self.seen = reader.weigh, list[Ints]()
 
     def _table(self, dtype: torch.dtype, size: int) -> Tensor | None:
-        """The weight for each symbol, where it is the same all over the tensor and there are not too many."""
+        """The weight for each symbol, and, where there are several, for each scale; None where that is too many."""
         if isinstance(self.rule, Table):
             return self.rule.values
         scale, zero = self.rule.scale, self.rule.zero_point
-        if scale.numel() > 1 or zero.numel() > 1 or size > max(256, self.weight.numel()):
+        rows = max(scale.numel(), zero.numel())
+        if rows * size > max(256, self.weight.numel() // (1 if rows == 1 else 8)):
             return None
-        first = self.low - int(zero) if not zero.is_floating_point() else EXACT
+        first = self.low - int(zero) if rows == 1 and not zero.is_floating_point() else EXACT
         if dtype == torch.float32 and -EXACT <= first <= first + size <= EXACT:  # the same in fewer steps
             return torch.arange(first, first + size, dtype=dtype) * scale
-        whole = torch.arange(self.low, self.low + size)
-        return Affine(scale.view(()), zero.view(())).decode(whole, (size,))
+        whole = torch.arange(self.low, self.low + size).expand(rows, size)
+        scale, zero = (v if v.numel() > 1 else v.view(()) for v in (scale, zero))
+        return Affine(scale, zero, 0).decode(whole, (rows, size)).view(-1)
+
+    def _run(self) -> int:
+        """How many weights in a row have one scale."""
+        if isinstance(self.rule, Table) or (self.rule.block is None and self.rule.axis is None):
+            return max(self.weight.numel(), 1)
+        return self.rule.block or max(prod(self.shape[(self.rule.axis or 0) + 1 :]), 1)
 
     def take(self, start: int, symbols: Ints) -> None:
         if self.weigh:
@@ -255,25 +255,28 @@ class Weights:
         if self.weight.is_meta:
             return
         flat = self.weight.view(-1)[start : start + len(symbols)]
-        if self.table is not None and self.table.element_size() <= 8:
-            _spread(symbols, patterns_of(self.table), patterns_of(flat))
+        if self.table is not None and self.table.element_size() <= 8 and symbols.dtype.itemsize <= 2:
+            from featherweight.coding.rans_kernels import spread  # such symbols come from a coder that is compiled too
+
+            spread(symbols, patterns_of(self.table), patterns_of(flat), start, self.run, self.size)
             return
         for at in range(0, len(symbols), PIECE):
-            some = symbols[at : at + PIECE].astype(np.int64)
-            some += self.low
-            flat[at : at + PIECE] = self._along(start + at, torch.from_numpy(some))
+            some = torch.from_numpy(symbols[at : at + PIECE].astype(np.int64))
+            flat[at : at + PIECE] = self._weights(start + at, some)
 
-    def _along(self, start: int, whole: Tensor) -> Tensor:
-        """The weights of some integers, each at the scale and zero point of its place."""
-        if isinstance(self.rule, Table):
-            return self.rule.decode(whole, (len(whole),))
-        place = torch.arange(start, start + len(whole))
-        if self.rule.block is not None:
-            place //= self.rule.block
-        elif self.rule.axis is not None:
-            place = place // prod(self.shape[self.rule.axis + 1 :]) % self.shape[self.rule.axis]
-        scale, zero = (v[place] if v.numel() > 1 else v.view(()) for v in (self.rule.scale, self.rule.zero_point))
-        return Affine(scale, zero, 0).decode(whole, (len(whole),))
+    def _weights(self, start: int, symbols: Tensor) -> Tensor:
+        """The weights of some symbols, each at the scale and zero point of its place."""
+        rule = self.rule
+        if isinstance(rule, Table):
+            return rule.values[symbols]
+        rows = max(rule.scale.numel(), rule.zero_point.numel())
+        if self.table is not None and rows == 1:
+            return self.table[symbols]
+        place = torch.arange(start, start + len(symbols)) // self.run % rows
+        if self.table is not None:
+            return self.table[place * self.size + symbols]
+        scale, zero = (v[place] if v.numel() > 1 else v.view(()) for v in (rule.scale, rule.zero_point))
+        return Affine(scale, zero, 0).decode(symbols + self.low, (len(symbols),))
 
     def streams(self, size: int) -> list[Ints] | None:
         return [counts(np.concatenate(self.seen).astype(np.int64), size)] if self.weigh else None
