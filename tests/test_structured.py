@@ -1,8 +1,10 @@
 """Structured layers: hashes that are the same everywhere, whole operators in a graph, one count, no crash elsewhere."""
 
 import copy
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -32,6 +34,18 @@ def net() -> nn.Module:
     return nn.Sequential(
         nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 4)
     )
+
+
+def test_layers_of_one_structure_share_a_table_and_it_goes_with_the_last_of_them():
+    one, other = (StructuredLinear(12, 12, True, ("hashed", 7, 2)) for _ in range(2))
+    table = weakref.ref(one.matrix.table)
+    assert other.matrix.table is copy.deepcopy(one).matrix.table is table()
+    model = nn.Sequential(one, nn.ReLU(), other)
+    cost(model, torch.randn(2, 12))  # traced: the layers are operators that the graph tells of
+    channel_groups(model, torch.randn(2, 12))
+    del one, other, model
+    gc.collect()
+    assert table() is None
 
 
 def test_hashes_are_those_of_splitmix64():

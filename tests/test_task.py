@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import Batches, blobs, small_mlp, small_task
-from featherweight.core.task import Metric, Task, accuracy, drop, evaluate, paired_drop, score
+from featherweight.core.task import Metric, Task, accuracy, cross_entropy, drop, evaluate, paired_drop, score
 
 
 def outputs(values: torch.Tensor, targets: torch.Tensor, size: int = 50):
@@ -94,3 +94,13 @@ def test_targets_of_any_kind_tell_the_samples(one, other):
 def test_what_a_score_says_beside_its_samples_is_json():
     found = evaluate(small_mlp(), small_task())
     json.dumps({k: v for k, v in vars(found).items() if k != "per_sample"})
+
+
+def test_a_batch_in_which_no_label_counts_has_no_loss():
+    logits, target = torch.randn(4, 3, requires_grad=True), torch.tensor([0, -100, 2, -100])
+    loss = cross_entropy(logits, target)
+    assert torch.equal(loss, cross_entropy(logits[::2], target[::2]))
+    nothing = cross_entropy(logits, torch.full((4,), -100))
+    nothing.backward()
+    assert nothing.item() == 0
+    assert not logits.grad.any()

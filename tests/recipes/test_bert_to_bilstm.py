@@ -226,6 +226,10 @@ def test_bad_input():
         run(Sentences(), replace(task, train=[(x,) for x, _ in task.train]), alpha=0.5)
     with pytest.raises(BadData, match="word_classes has 5 entries, words have numbers up to 59"):
         run(Sentences(), task, word_classes=[0] * 5)
+    for networks, name in (((Sentences(60), Sentences(72)), "model"), ((Sentences(72), Sentences(60)), "teacher")):
+        with pytest.raises(BadOption, match=f"mask_token=70 is none of the words that the {name} knows"):
+            run(networks[0], replace(task, teacher=networks[1]), mask_token=70)
+        run(networks[0], replace(task, teacher=networks[1]), mask_token=70, mask=0.0, copies=1, epochs=0)
     words = torch.nn.Sequential(torch.nn.Embedding(60, 4))
     with pytest.raises(BadOption, match="choose sequence_kd"):
         run(Sentences(), replace(task, teacher=words))

@@ -113,6 +113,10 @@ def test_bad_input():
         entry("cross_modal_transfer")(small_cnn(), task, hint="33")
     with pytest.raises(BadOption, match="both maps, or both vectors"):
         entry("cross_modal_transfer")(small_cnn(), task, hint="5", guided="7")
-    unlabelled = replace(task, train=[(torch.randn(8, 1, 8, 8),)])
+    steps = []
+    unlabelled = replace(task, train=[(torch.randn(8, 1, 8, 8),)], fit=watched(steps))
     with pytest.raises(MissingNeed, match="labels"):
         entry("cross_modal_transfer")(small_cnn(), unlabelled, transfer_epochs=1)
+    assert not steps, "found before stage 1"
+    entry("cross_modal_transfer")(small_cnn(), unlabelled, transfer_epochs=1, epochs=0)
+    assert len(steps) == 2, "without stage 2 no label is needed"

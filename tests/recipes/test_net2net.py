@@ -11,6 +11,7 @@ from featherweight.catalogue import entry
 from featherweight.core.channels import channel_groups
 from featherweight.core.fit import fit
 from featherweight.core.forms import Mask, attach, bake
+from featherweight.core.ledger import recording
 from featherweight.core.task import Task, evaluate
 from featherweight.core.widening import again, spread, widen_channels
 from featherweight.errors import BadData, BadOption, CompressionError
@@ -147,6 +148,12 @@ def test_only_chosen_layers_grow(trained):
     new, _ = grown(trained[0], where="3")
     layers = {name: len(m.weight) for name, m in new.named_modules() if isinstance(m, nn.Conv2d)}
     assert layers == {"0": 8, "3": 24, "4.2": 24}
+
+
+def test_layers_that_no_rectifier_follows_are_named(trained):
+    with recording() as ledger:
+        grown(trained[0])
+    assert "no identity layers behind 8: no rectifier alone reads what they put out" in ledger.notes
 
 
 def test_noise_moves_copies_alone_and_training_tells_them_apart():

@@ -161,6 +161,15 @@ def test_word_level_on_prefixes_of_the_teacher_brings_the_distributions_together
     assert divergence(teacher, student) < 0.2 * before
 
 
+def test_batches_of_padding_alone_teach_nothing():
+    logits = torch.randn(2, 3, WORDS, requires_grad=True)
+    nothing = torch.full((2, 3), IGNORED)
+    loss = negative_log_likelihood(logits, nothing) + word_kd(logits, logits, nothing != IGNORED)
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
+
+
 def test_a_certain_teacher_is_the_likelihood_of_its_words():
     labels = torch.randint(WORDS, (4, 5))
     certain = 1e4 * F.one_hot(labels, WORDS).float()

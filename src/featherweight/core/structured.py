@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, ClassVar, cast, final
 
 import torch
@@ -267,9 +267,11 @@ def _call(layer: StructuredLayer, x: Tensor) -> Tensor:
     return _layer(x, list(held.values()), json.dumps([type(layer).__name__, list(held), layer.arguments()]))
 
 
-@lru_cache(maxsize=256)
 def told_layer(told: str) -> tuple[StructuredLayer, tuple[str, ...]]:
-    """The layer that an operator tells of, without contents, and the names of its parameters."""
+    """The layer that an operator tells of, without contents, and the names of its parameters.
+
+    Made anew at each call: kept, it would keep its structure's tables when the network is long gone.
+    """
     kind, names, args = json.loads(told)
     make: Callable[..., StructuredLayer] = StructuredLayer.kinds[kind]
     with torch.device("meta"):

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from typing import Any, ClassVar, final
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -354,8 +355,13 @@ def sound(told: Any) -> bool:
     return all(isinstance(v, int) and not isinstance(v, bool) and low <= v <= high for v, (low, high) in pairs)
 
 
+_alive: WeakValueDictionary[tuple[Any, ...], Structure] = WeakValueDictionary()
+
+
 def made(told: tuple[Any, ...], rows: int, columns: int) -> Structure:
-    """The structure that `told` tells, of a matrix of this size.
+    """The structure that `told` tells, of a matrix of this size: one object, as long as anybody holds it.
+
+    So layers of one structure, copies of a network and its traced graph share tables, and these go with the last.
 
     Raises:
         UnknownName: there is no structure of this name.
@@ -367,4 +373,8 @@ def made(told: tuple[Any, ...], rows: int, columns: int) -> Structure:
     if not sound(tuple(told)):
         wanted = ", ".join(f"{name} {low}..{high}" for name, (low, high) in kind.bounds.items())
         raise BadOption(f"structure {told[1:]}: {kind.word} takes {wanted or 'nothing'}")
-    return kind(rows, columns, *told[1:])
+    key = (*told, rows, columns)
+    found = _alive.get(key)
+    if found is None:
+        found = _alive[key] = kind(rows, columns, *told[1:])
+    return found

@@ -21,6 +21,7 @@ Batch = Any
 Split = Callable[[Batch], tuple[tuple[Any, ...], dict[str, Any], Any]]
 
 LABEL_KEYS = ("labels", "label", "targets", "target")
+IGNORED = -100  # a label that does not count
 
 
 def split_batch(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
@@ -58,8 +59,14 @@ def prediction(output: Any) -> Tensor:
 
 
 def cross_entropy(output: Any, target: Tensor) -> Tensor:
-    """Mean cross-entropy of logits, shape (batch, classes, ...), against class indices."""
-    return F.cross_entropy(prediction(output), target)
+    """Mean cross-entropy of logits, shape (batch, classes, ...), against class indices; -100 does not count.
+
+    A batch in which no label counts has nothing to teach: its loss is 0, where the mean of nothing would be no number.
+    """
+    scores = prediction(output)
+    if target.dtype == torch.int64 and target.numel() and bool((target == IGNORED).all()):
+        return F.cross_entropy(scores, target, reduction="sum")
+    return F.cross_entropy(scores, target)
 
 
 def _correct(output: Any, target: Tensor) -> Tensor:

@@ -77,7 +77,8 @@ def bert_to_bilstm(
 
     Raises:
         BadData: the inputs are not numbers of words; or a number that has no class.
-        BadOption: a word cannot be hidden and swapped; teacher and student score other classes.
+        BadOption: a word cannot be hidden and swapped; a network does not know mask_token; teacher and student score
+            other classes.
         MissingNeed: labels have a share, and there are none.
     """
     if mask + swap > 1:
@@ -90,13 +91,15 @@ def bert_to_bilstm(
         )
 
     vocabulary = Vocabulary(pad_token, mask_token, tuple(special_tokens))
+    reading = replace(task, split=lambda batch: batch)
+    for name, network in (("teacher", teacher), ("model", model)) if copies and mask else ():
+        check_mask(name, network, reading, found, vocabulary)
     made = augmented(found.parts, vocabulary, copies, word_classes, induced, mask=mask, swap=swap, ngram=ngram,
                      longest=longest) if copies else []  # fmt: skip
     parts = tuple(torch.cat([part, *(copy[i] for copy in made)]) for i, part in enumerate(found.parts))
     count = len(found.parts[0])
     note(f"{len(parts[0]) - count:,} sentences made from {count:,}; the teacher scores them all once")
 
-    reading = replace(task, split=lambda batch: batch)
     logits = answers(teacher, reading, replace(found, parts=parts))
     labels = preferred(targets, logits) if alpha else logits[:, :0]
     data = replace(found, parts=parts, beside=(labels, logits))
@@ -108,6 +111,25 @@ def bert_to_bilstm(
         return {"labels": alpha * loss_of(task, output, label), **terms} if alpha else terms
 
     return task.fit(model, replace(reading, train=data), epochs=epochs, lr=lr, optimizer=optimizer, step=step)
+
+
+def check_mask(name: str, network: nn.Module, task: Task, found: Sentences, vocabulary: Vocabulary) -> None:
+    """Refuses a word for hidden ones that a network has no place for.
+
+    Raises:
+        BadOption: it reads the first sentence, but not with its words hidden.
+    """
+    hidden = tuple(part[:1].masked_fill(vocabulary.words(part[:1]), vocabulary.mask) for part in found.parts)
+    one = torch.zeros(1, dtype=torch.long)
+    with eval_mode(network):
+        run(network, task, found.batch(one))
+        try:
+            run(network, task, replace(found, parts=hidden).batch(one))
+        except IndexError:
+            raise BadOption(
+                f"mask_token={vocabulary.mask} is none of the words that the {name} knows: pass the number of its "
+                "unknown or hidden word, or mask=0"
+            ) from None
 
 
 def augmented(

@@ -9,11 +9,12 @@ from torch import nn
 
 from featherweight.allowed import Amount, Positive
 from featherweight.catalogue import recipe
+from featherweight.core.draws import undrawn
 from featherweight.core.features import matched
 from featherweight.core.fit import Optimizers
 from featherweight.core.ledger import note
 from featherweight.core.surgery import Layer
-from featherweight.core.task import Task, first
+from featherweight.core.task import Task, eval_mode, first, loss_of, run
 from featherweight.core.taught import teacher_of
 from featherweight.distill import below, distill
 from featherweight.ingredients.match.feature_distance import feature_distance
@@ -56,8 +57,13 @@ def cross_modal_transfer(
         epochs: passes over the labelled training data; 0 leaves stage 2 out.
         lr: learning rate of stage 2.
         optimizer: as in `fit`.
+
+    Raises:
+        MissingNeed: stage 2 needs labels, and the training data have none.
     """
     teacher, pairs = teacher_of(model, task), task.calibrating()
+    if epochs:
+        check_labels(model, task)
     batch = first(pairs, "paired")
     if guided is None or hint is None:
         ours, theirs = matched(model, teacher, task, batch, "deep")[0]
@@ -77,3 +83,9 @@ def cross_modal_transfer(
         params=below(model, task, batch, guided),
     )
     return task.fit(model, task, epochs=epochs, lr=lr, optimizer=optimizer)
+
+
+def check_labels(model: nn.Module, task: Task) -> None:
+    """Refuses training data without the labels that stage 2 needs, before stage 1 has taken its time."""
+    with undrawn(), eval_mode(model):
+        loss_of(task, *run(model, task, first(task.train or (), "training")))

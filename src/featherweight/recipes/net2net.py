@@ -177,7 +177,10 @@ def deepened(model: nn.Module, task: Task, chosen: Sequence[str]) -> dict[str, t
     """Where layers are inserted: behind the module at a path, the layer that is or precedes it, and the rectifier."""
     paths = {id(module): path for path, module in model.named_modules()}
     found = rectified(model, task.inputs())
-    return {path: told for path, told in found.items() if paths[id(told[0])] in chosen and isinstance(told[0], GROWING)}
+    kept = {path: told for path, told in found.items() if paths[id(told[0])] in chosen and isinstance(told[0], GROWING)}
+    if without := [path for path in chosen if path not in {paths[id(layer)] for layer, _ in kept.values()}]:
+        note(f"no identity layers behind {', '.join(without)}: no rectifier alone reads what they put out")
+    return kept
 
 
 def insert(model: nn.Module, path: str, layer: nn.Module, last: nn.Module, depth: int, kernel: int) -> list[nn.Module]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from featherweight.allowed import Amount, Count, Positive, Share, Whole
@@ -17,12 +16,21 @@ from featherweight.core.features import exact
 from featherweight.core.fit import Optimizers, Step
 from featherweight.core.ledger import note
 from featherweight.core.progress import track
-from featherweight.core.task import Batch, Task, device_of, eval_mode, prediction, run, to_device
+from featherweight.core.task import (
+    IGNORED,
+    Batch,
+    Task,
+    cross_entropy,
+    device_of,
+    eval_mode,
+    prediction,
+    run,
+    to_device,
+)
 from featherweight.core.taught import teacher_of
 from featherweight.errors import BadData, BadOption, MissingNeed
 
 PREFIX = "decoder_input_ids"
-IGNORED = -100
 
 
 @final
@@ -286,7 +294,7 @@ def taught_step(teacher: nn.Module, task: Task, alpha: float) -> Step:
 
 def negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     """The mean over words of `-log p(label)`; logits (batch, length, words), labels (batch, length)."""
-    return F.cross_entropy(exact(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+    return cross_entropy(exact(logits).flatten(0, 1), labels.flatten())
 
 
 def word_kd(student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
@@ -305,4 +313,4 @@ def word_kd(student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
             "score the same words"
         )
     losses = -(exact(teacher).detach().softmax(-1) * exact(student).log_softmax(-1)).sum(-1)
-    return losses[counted].mean()
+    return losses[counted].sum() / counted.sum().clamp_min(1)
