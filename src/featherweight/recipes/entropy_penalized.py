@@ -1,0 +1,296 @@
+"""Entropy-penalised training: weights are trained as integers, and the bits that their coder spends are in the loss.
+
+Deniz Oktay, Johannes Ballé, Saurabh Singh, Abhinav Shrivastava, "Scalable Model Compression by Entropy Penalized
+Reparameterization", ICLR 2020, arXiv:1906.06624. A weight is `w = s round(x)`: the latent x, in steps, is what is
+trained, the gradient passes straight through the rounding, and the step s of each tensor is trained beside it. The loss
+is `task loss + lambda * sum of bits(x)` (eq. 2) with a probability model per tensor that is learned on the way.
+
+The model is that of the coder which writes the file: magnitudes about a mean `m = row mean * column mean / mean` follow
+a two-sided geometric distribution, of which one more step costs `-log2 t` bits, `t = (sqrt(1 + m^2) - 1) / m`. As the
+means are those of the weights themselves, a row or a column (a unit, an input) that is hardly used becomes dear and
+dies out: whole parts of the network go together with single weights.
+
+Departs from the paper: one number, the step, decodes a tensor (the paper: an affine map, for convolutions in the
+Fourier domain); the probability model is the geometric one (the paper: a small network for each group of tensors); a
+weight of x steps costs `log2(1 + |x|)` times the first step, since the coder, which learns, spends less on the few
+that are large; rounding without noise. With `file_bytes`, lambda follows the size of the file, which is written and
+looked at again and again while training, and what lies nearest to zero goes in the end if it is still too large.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from featherweight.allowed import Amount, Count, Positive
+from featherweight.catalogue import recipe
+from featherweight.coding.container import save
+from featherweight.core.fit import task_loss
+from featherweight.core.forms import (
+    Affine,
+    Codes,
+    Form,
+    attach,
+    bake,
+    has_forms,
+    mask_of,
+    mask_zeros,
+    masked_names,
+    originals,
+)
+from featherweight.core.ledger import note, recording
+from featherweight.core.levels import not_zero, straight_through
+from featherweight.core.norms import settle_norms
+from featherweight.core.progress import showing
+from featherweight.core.site import Site, sites
+from featherweight.core.surgery import WhereWeighted
+from featherweight.core.task import Batch, Task
+from featherweight.errors import CompressionError
+
+EVERY = 8  # steps after which the means, and with them what a step costs, are taken anew
+LOOKS = 80  # how often in a training the file is written to see its size
+LEAN = 2.0  # how many entries like the mean of all the mean of a row or a column begins with
+STAY = 0.2  # share of the training in which learning rates stay, and in which the size falls by a factor of e
+SPARE = 0.985  # of the size that was asked for is what training aims at
+OF_VECTORS = 2.0  # bits for the first step of a bias
+Place = tuple[nn.Module, str]
+
+
+@final
+class Latent(Form):
+    """`weight = round(x) * step`: the latents x, in steps, are trained, and the logarithm of the step beside them."""
+
+    stands = ("weight",)
+    stores = "free"
+    log_step: nn.Parameter
+
+    def __init__(self, step: float) -> None:
+        super().__init__()
+        self.log_step = nn.Parameter(torch.tensor(math.log(step), dtype=torch.float32))
+
+    def unsound(self) -> str:
+        known = self._parameters.keys() == {"log_step"} and not self._buffers and self.log_step.numel() == 1
+        return "" if known and bool(self.log_step.abs() < 80) else "without a step, or with one of no reasonable size"
+
+    @property
+    def step(self) -> Tensor:
+        return self.log_step.exp()
+
+    def free(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return (weight.detach() / self.step.detach().to(weight.dtype),)
+
+    def forward(self, *free: Tensor, keep: Tensor | None = None) -> Tensor:
+        (latent,) = free
+        return straight_through(latent, whole(latent)) * self.step.to(latent.dtype)
+
+    def codes(self, *free: Tensor, keep: Tensor | None = None) -> Codes | None:
+        (latent,) = free
+        symbols = whole(latent)
+        kind = torch.int8 if bool((symbols.abs() <= 127).all()) else torch.int32
+        rule = Affine(self.step.detach().to(latent.dtype).cpu(), torch.zeros((), dtype=torch.int32))
+        return Codes(symbols.to(kind).cpu(), rule, tuple(latent.shape))
+
+
+def whole(latent: Tensor) -> Tensor:
+    """The integers of latents, without a negative zero."""
+    return latent.detach().round() + 0.0
+
+
+@recipe(
+    paper="Oktay et al., ICLR 2020, arXiv:1906.06624",
+    family="quantize",
+    needs={"labels", "train"},
+    shrinks={"weights", "bits"},
+    small={"epochs": 2, "rate": 1e-4},
+)
+def entropy_penalized(
+    model: nn.Module,
+    task: Task,
+    *,
+    rate: Positive = 3e-5,
+    file_bytes: Count | None = None,
+    levels: Positive = 2.0,
+    epochs: Amount = 30,
+    lr: Positive = 0.006,
+    step_lr: Positive = 1e-3,
+    others_lr: Positive = 1e-3,
+    where: WhereWeighted = None,
+) -> nn.Module:
+    """Trains weights as integers, with the bits of their code in the loss, down to the size that a file is to have.
+
+    Args:
+        rate: lambda, what a bit adds to the loss.
+        file_bytes: size of a bare file with `coder="context_mixing"`; lambda starts at `rate` and follows the size.
+        levels: how many steps of its grid the deviation of a tensor's weights takes at the start.
+        epochs: passes over the training data; a network that is to lose most of its size takes a hundred or more.
+        lr: of the latents, in steps of the grid, with Adam; all rates stay for a fifth of the training, then fall.
+        step_lr: of the logarithms of the steps.
+        others_lr: of all other parameters.
+        where: which layers; all linear and convolution layers when left out. Their biases go with them.
+
+    Raises:
+        BadData: weights are not finite.
+        CompressionError: every chosen layer is zero, or the file cannot be made so small.
+    """
+    masked = masked_names(model)
+    bake(model)
+    mask_zeros(model, masked)
+    found = not_zero(sites(model, where))
+    tensors = on_latents(model, found, levels)
+    code, goal = CodeLength(tensors), Goal(model, tensors, rate, file_bytes)
+
+    def step(network: nn.Module, batch: Batch, progress: float) -> dict[str, Tensor]:
+        return task_loss(task)(network, batch, progress) | {"bits": goal.rate * code()}
+
+    optimizer = partial(grouped, model, tensors, lr, step_lr)
+    task.fit(model, task, epochs=epochs, lr=others_lr, optimizer=optimizer, decay=fall, step=step,
+                   after_step=goal.follow, label="train for the file")  # fmt: skip
+    goal.reach()
+    settle_norms(model, task)
+    zeros = sum(int((whole(latent(place)) == 0).sum()) for place in tensors)
+    note(f"{zeros / sum(latent(place).numel() for place in tensors):.1%} of the weights are zero; {goal.told}")
+    return model
+
+
+def on_latents(model: nn.Module, found: Mapping[str, Site], levels: float) -> list[Place]:
+    """Puts the weights and biases of the sites on grids of their own; the tensors that then have latents."""
+    tensors: list[Place] = []
+    for site in found.values():
+        bias = getattr(site.module, "bias", None)
+        own = [(site.name, site.weight)]
+        if isinstance(bias, nn.Parameter) and not has_forms(site.module, "bias"):
+            own.append(("bias", bias.detach()))
+        for name, weight in own:
+            deviation = float(weight.double()[weight != 0].square().mean().sqrt()) if bool(weight.any()) else 1.0
+            attach(site.module, Latent(deviation / levels), at=name, root=model)
+            tensors.append((site.module, name))
+    return tensors
+
+
+def latent(place: Place) -> nn.Parameter:
+    """What is trained in the place of a tensor, in steps of its grid."""
+    return originals(*place)[0]
+
+
+def grid_of(place: Place) -> Latent:
+    module, name = place
+    return next(form for form in module.parametrizations[name][0].held() if isinstance(form, Latent))  # type: ignore
+
+
+@final
+class CodeLength:
+    """Bits of the latents, with gradients: `price * log2(1 + |x|)`, the price of a first step by its row and column."""
+
+    def __init__(self, tensors: Sequence[Place]) -> None:
+        self.tensors, self.calls = tensors, 0
+        self.prices: list[Tensor] = []
+
+    def __call__(self) -> Tensor:
+        if self.calls % EVERY == 0:
+            self.prices = [price(latent(place).detach()) * alive(place) for place in self.tensors]
+        self.calls += 1
+        parts = [
+            (one * (1 + latent(place).abs()).log2()).sum() for one, place in zip(self.prices, self.tensors, strict=True)
+        ]
+        return torch.stack(parts).sum()
+
+
+def alive(place: Place) -> Tensor | float:
+    """Zero where a mask holds a weight at zero, one elsewhere."""
+    keep = mask_of(*place)
+    return 1.0 if keep is None else keep.float()
+
+
+def price(x: Tensor) -> Tensor:
+    """`-log2 t` of the two-sided geometric distribution whose mean magnitude is that of a weight's row and column.
+
+    Args:
+        x: latents, rows along the first dimension; of a vector, whose means say little, the price is fixed.
+
+    >>> price(torch.tensor([[1.0, 1.0], [0.0, 0.0]])).round().tolist()
+    [[1.0, 1.0], [4.0, 4.0]]
+    """
+    if x.dim() < 2:
+        return torch.full_like(x, OF_VECTORS)
+    size = (0.5 * (x.abs() + x.abs().round())).flatten(1)
+    mean = size.mean() + 0.02
+    row = (size.sum(1, keepdim=True) + LEAN * mean) / (size.shape[1] + LEAN)
+    column = (size.sum(0, keepdim=True) + LEAN * mean) / (size.shape[0] + LEAN)
+    expected = (row * column / mean).clamp_min(1e-3)
+    return -(((1 + expected.square()).sqrt() - 1) / expected).log2().view_as(x)
+
+
+@final
+class Goal:
+    """The size that the file is to have, and what a bit costs so that it gets there."""
+
+    def __init__(self, model: nn.Module, tensors: Sequence[Place], rate: float, wanted: int | None) -> None:
+        self.model, self.tensors, self.rate, self.wanted = model, tensors, rate, wanted
+        self.start = file_size(model) if wanted else 0
+        self.looked = 0.0
+
+    def follow(self, progress: float) -> None:
+        """Makes bits dearer where the file is larger than it should be by now, which falls towards what is wanted."""
+        if self.wanted is None or progress < self.looked + 1 / LOOKS:
+            return
+        self.looked = progress
+        due = SPARE * self.wanted
+        due += max(self.start - due, 0) * math.exp(-progress / STAY)
+        self.rate *= min(max((file_size(self.model) / due) ** 0.3, 0.8), 1.25)
+
+    def reach(self) -> None:
+        """Sets what lies nearest to zero to zero, the smallest latents first, until the file is as small as wanted.
+
+        Raises:
+            CompressionError: with all of them zero it is still too large.
+        """
+        while self.wanted is not None and file_size(self.model) > self.wanted:
+            sizes = torch.cat([latent(place).detach().abs().flatten() for place in self.tensors])
+            above = sizes[sizes > 0.5].sort().values
+            if not len(above):
+                raise CompressionError(
+                    f"file_bytes={self.wanted}: with all chosen weights zero the file still has "
+                    f"{file_size(self.model)} bytes: allow that much, or choose more layers"
+                )
+            edge = float(above[len(above) // 200])
+            for place in self.tensors:
+                with torch.no_grad():
+                    latent(place)[latent(place).abs() <= edge] = 0.0
+
+    @property
+    def told(self) -> str:
+        return f"lambda {self.rate:.2g}" + (f", a bare file of {file_size(self.model)} bytes" if self.wanted else "")
+
+
+def file_size(model: nn.Module) -> int:
+    """What a bare file of the model takes on disk, as it stands."""
+    with tempfile.TemporaryDirectory() as folder, recording(), showing(False):
+        return save(model, Path(folder) / "model.fw", coder="context_mixing", bare=True).bytes
+
+
+def grouped(
+    model: nn.Module, tensors: Sequence[Place], lr: float, step_lr: float, params: list[nn.Parameter], others_lr: float
+) -> Optimizer:
+    """Adam with a rate for latents, one for the logarithms of steps, and one for the rest."""
+    latents, steps = [latent(place) for place in tensors], [grid_of(place).log_step for place in tensors]
+    known = {id(p) for p in (*latents, *steps)}
+    groups = [(latents, lr), (steps, step_lr), ([p for p in params if id(p) not in known], others_lr)]
+    return Adam([{"params": own, "lr": own_lr} for own, own_lr in groups if own], betas=(0.9, 0.99))
+
+
+def fall(progress: float) -> float:
+    """The factor of all learning rates: a short rise, constant, then half a cosine.
+
+    >>> [round(fall(p), 2) for p in (0.0, 0.1, 0.6, 1.0)]
+    [0.01, 1.0, 0.5, 0.01]
+    """
+    cosine = 0.5 * (1 + math.cos(math.pi * max(0.0, progress - STAY) / (1 - STAY)))
+    return max(min(1.0, progress / 0.01) * cosine, 0.01)
