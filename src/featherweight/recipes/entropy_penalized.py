@@ -216,7 +216,7 @@ def price(x: Tensor) -> Tensor:
         x: latents, rows along the first dimension; of a vector, whose means say little, the price is fixed.
 
     >>> price(torch.tensor([[1.0, 1.0], [0.0, 0.0]])).round().tolist()
-    [[1.0, 1.0], [4.0, 4.0]]
+    [[2.0, 2.0], [3.0, 3.0]]
     """
     if x.dim() < 2:
         return torch.full_like(x, OF_VECTORS)
