@@ -119,10 +119,20 @@ def pack_symbols(
             are the adaptive coders tried, which have no size that counts foretell.
         zero: the symbol that stands for zero, on an integer grid.
     """
-    if FAST in coders and 1 < size <= WIDEST and len(symbols) > FAST_BLOCK:
-        return _pack_blocks(symbols, size, coders, [*range(FAST_BLOCK, len(symbols), FAST_BLOCK)], widths, zero)
-    if len(symbols) > LONG and 1 < size <= WIDEST:
-        return _pack_blocks(symbols, size, coders, _cuts(symbols, widths, zero), widths, zero)
+    cuts: list[int] = []
+    if 1 < size <= WIDEST and len(symbols) > (FAST_BLOCK if FAST in coders else LONG):
+        every = [*range(FAST_BLOCK, len(symbols), FAST_BLOCK)]
+        cuts = every if FAST in coders else _cuts(symbols, widths, zero)
+    pieces = np.split(symbols, cuts)
+    streams = each(lambda piece: _pack_one(piece, size, coders, widths, zero), pieces)
+    if len(streams) == 1:
+        return streams[0]
+    sizes = b"".join(varint(len(p)) + varint(len(s)) for p, s in zip(pieces, streams, strict=True))
+    return bytes([BLOCKS]) + varint(len(pieces)) + sizes + b"".join(streams)
+
+
+def _pack_one(symbols: Ints, size: int, coders: tuple[int, ...], widths: Sequence[int], zero: int | None) -> bytes:
+    """The shortest stream that is not cut."""
     made = [_pack_static(symbols, size, tuple(c for c in coders if c not in (CONTEXT, MIXING, MULTISET)))]
     if not widths or size <= 1 or size > WIDEST or len(symbols) < FEWEST:
         return made[0]
@@ -234,15 +244,6 @@ def _states(whole: Ints) -> Ints | None:
         if fits and (whole & 1).any():
             return np.asarray(states(found, trellis))
     return None
-
-
-def _pack_blocks(
-    symbols: Ints, size: int, coders: tuple[int, ...], cuts: list[int], widths: Sequence[int], zero: int | None
-) -> bytes:
-    pieces = np.split(symbols, cuts)
-    streams = each(lambda piece: pack_symbols(piece, size, coders, widths, zero), pieces)
-    sizes = b"".join(varint(len(p)) + varint(len(s)) for p, s in zip(pieces, streams, strict=True))
-    return bytes([BLOCKS]) + varint(len(pieces)) + sizes + b"".join(streams)
 
 
 def described(stream: bytes, size: int) -> str:

@@ -1,0 +1,83 @@
+"""One file, one SHA-256 of its weights: compiled or not, one thread or two, our reader or the independent one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import independent_reader
+from featherweight.coding import save, streams
+from featherweight.core.forms import Affine, Codes, declare_codes
+
+CODERS = ("sparse_index", "huffman", "range", "rans", "deepcabac", "context_mixing", "fast")
+DIGESTS = """
+import hashlib, sys
+import torch
+from featherweight.coding import unpack
+from test_same_weights import net
+torch.set_num_threads(int(sys.argv[1]))
+for path in sys.argv[2:]:
+    told = hashlib.sha256()
+    for tensor in unpack(path, into=None if "fast" in path else net()).values():
+        told.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    print(told.hexdigest())
+"""
+
+
+def net(last: int = 10) -> nn.Module:
+    """Integers on a grid for each tensor and for each channel, the points of a trellis, and floats."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(10, 12, bias=False), nn.Linear(12, last))
+    scales = (torch.linspace(0.01, 0.03, 4), torch.tensor(0.05), torch.tensor(0.02))
+    for layer, scale in zip((model[0], model[2], model[3]), scales, strict=True):
+        symbols = (torch.randn(layer.weight.shape) * 3).round().to(torch.int8)
+        rule = Affine(scale, torch.zeros((), dtype=torch.int32), 0 if scale.dim() else None)
+        codes = Codes(points(symbols) if layer is model[2] else symbols, rule, tuple(symbols.shape))
+        layer.weight = nn.Parameter(codes.decode())
+        declare_codes(layer, "weight", codes)
+    return model
+
+
+def points(levels: torch.Tensor) -> torch.Tensor:
+    """What levels of dependent quantization with 8 states stand for."""
+    table, state, found = ("02", "75", "13", "64", "20", "57", "31", "46"), 0, []
+    for level in levels.reshape(-1).tolist():
+        found.append(2 * level - (state % 2) * int(np.sign(level)))
+        state = int(table[state][level % 2])
+    return torch.tensor(found, dtype=torch.int8).view(levels.shape)
+
+
+def test_every_reader_finds_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "FAST_BLOCK", 4100)
+    wanted: dict[Path, str] = {}
+    for coder in CODERS:
+        model = net(350) if coder == "fast" else net()  # the last layer is in blocks
+        for bare in (False, True):
+            path = tmp_path / f"{coder}{' bare' * bare}.fw"
+            save(model, path, coder=coder, bare=bare, class_free=False)
+            wanted[path] = hashlib.sha256(b"".join(t.numpy().tobytes() for t in in_order(model))).hexdigest()
+            shapes = [tuple(t.shape) for t in in_order(model)] if bare else None
+            _, tensors = independent_reader.read(path.read_bytes(), shapes)
+            assert hashlib.sha256(b"".join(raw for *_, raw in tensors.values())).hexdigest() == wanted[path], path
+    for threads, compiled in ((1, True), (2, True), (2, False)):
+        found = subprocess.run(
+            [sys.executable, "-c", DIGESTS, str(threads), *wanted],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "NUMBA_DISABLE_JIT": "0" if compiled else "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        assert found.stdout.split() == list(wanted.values()), (threads, compiled)
+
+
+def in_order(model: nn.Module) -> list[torch.Tensor]:
+    """The tensors in the order of a file."""
+    return [model.state_dict()[name] for name in ("0.bias", "0.weight", "2.weight", "3.bias", "3.weight")]
