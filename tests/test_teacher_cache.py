@@ -15,8 +15,10 @@ import featherweight as fw
 from conftest import Batches, blobs, small_cnn, small_mlp, small_task
 from featherweight.catalogue import entry
 from featherweight.cli import app
+from featherweight.core import processes
 from featherweight.core.ensemble import Ensemble
 from featherweight.core.ledger import recording
+from featherweight.core.teacher_cache import cached
 from featherweight.distill import distill
 from featherweight.errors import BadData, BadOption
 
@@ -62,12 +64,19 @@ def test_the_teacher_is_asked_once_a_batch_and_then_never(tmp_path):
     assert len(calls) == 2 + 3 + 1, "the first batch again, to compare"
 
 
-def test_features_keep_values_types_and_layout_in_memory(tmp_path):
+@pytest.mark.parametrize("layout", ["tokens", "turned"])
+def test_features_keep_values_types_and_layout_in_memory(tmp_path, layout):
     class Tokens(nn.Module):
         def forward(self, x):
             return x.flatten(2).transpose(1, 2).bfloat16()
 
-    teacher = nn.Sequential(nn.Conv2d(1, 3, 3), Tokens(), nn.Flatten(), nn.Identity()).eval()
+    class Turned(nn.Module):
+        """Dimensions in a cycle: turning them back is not turning them once more."""
+
+        def forward(self, x):
+            return x.reshape(len(x), 3, 6, 6).permute(3, 0, 1, 2)
+
+    teacher = nn.Sequential(nn.Conv2d(1, 3, 3), Tokens() if layout == "tokens" else Turned(), nn.Flatten()).eval()
     task, seen = replace(small_task(), teacher=teacher), []
 
     def match(student, teacher, batch, progress):
@@ -76,6 +85,7 @@ def test_features_keep_values_types_and_layout_in_memory(tmp_path):
 
     for cache in (None, tmp_path / "kept"):
         distill(small_mlp(), task, match=match, pairs=[("1", "1")], epochs=1, teacher_cache=cache)
+    assert not seen[0].is_contiguous()
     for plain, kept in zip(seen[:3], seen[3:], strict=True):
         assert (plain.dtype, plain.stride()) == (kept.dtype, kept.stride())
         assert torch.equal(plain, kept)
@@ -124,6 +134,18 @@ def test_a_teacher_of_other_code_with_the_same_weights_is_refused(tmp_path):
     distill(small_mlp(), task, epochs=1, teacher_cache=tmp_path / "kept")
     task.teacher.factor = 2.0
     refused(task, tmp_path / "kept", "a teacher of other code")
+
+
+def test_several_processes_are_told_that_the_main_one_refused(tmp_path, monkeypatch):
+    """They wait for what it makes: without a word of its failure they would wait for ever."""
+    told = []
+    monkeypatch.setattr(processes, "together", lambda: True)
+    monkeypatch.setattr(processes, "is_main", lambda: True)
+    monkeypatch.setattr(processes, "from_main", lambda value: told.append(value) or value)
+    ask = {"": torch.zeros(1)}
+    with pytest.raises(BadData, match="differ from pass to pass"):
+        cached(tmp_path / "kept", small_cnn(), loaded(shuffle=True), [""], lambda batch: ask)
+    assert "differ from pass to pass" in told[0][1]
 
 
 def test_what_differs_from_pass_to_pass_is_refused(tmp_path):

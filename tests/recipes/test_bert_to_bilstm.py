@@ -11,7 +11,7 @@ from conftest import Batches, Sentences, small_cnn, small_task, token_task
 from featherweight.catalogue import entry
 from featherweight.core.fit import fit
 from featherweight.core.task import Task, evaluate
-from featherweight.core.words import Pieces, Vocabulary, changed, induced_classes, packed
+from featherweight.core.words import Pieces, Vocabulary, changed, induced_classes, packed, sentences
 from featherweight.errors import BadData, BadOption, MissingNeed
 from featherweight.zoo.text import BiLstm
 from matches import watched
@@ -74,6 +74,31 @@ def test_induced_classes_are_those_of_a_grammar():
     found = induced_classes(torch.stack(words, 1), VOCABULARY, 34, 3)[4:].view(3, 10)
     assert (found == found[:, :1]).all()
     assert len(found[:, 0].unique()) == 3
+
+
+def test_frequent_and_rare_words_of_a_class_go_together_and_words_that_are_never_seen_have_none():
+    """Neighbours count in proportion: Zipf's law would else set the frequent words apart."""
+    draws = torch.Generator().manual_seed(2)
+    often = 1 / torch.arange(1.0, 11) ** 1.5
+    words = [4 + 10 * k + torch.multinomial(often, 6000, replacement=True, generator=draws) for k in range(3)]
+    found = induced_classes(torch.stack(words, 1), VOCABULARY, 60, 3)
+    assert (found[4:34].view(3, 10) == found[4:34:10, None]).all()
+    assert len(found[4:34:10].unique()) == 3
+    assert (found[34:] == 0).all()
+
+
+def test_words_outside_the_attention_mask_are_padding_to_the_networks_too():
+    ids = torch.tensor([[5, 6, 7, 8], [9, 5, 0, 0]])
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]),
+        "labels": torch.tensor([0, 1]),
+    }
+    found, _ = sentences(Task(train=[batch], valid=[]), [batch], 0, "this", "that")
+    assert found.parts[0].tolist() == [[5, 6, 7, 0], [9, 5, 0, 0]]
+    _, given, _ = replace(found, fixed=False).batch(torch.tensor([1, 0]))
+    assert given["input_ids"].tolist() == [[9, 5, 0], [5, 6, 7]]
+    assert given["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
 
 
 def test_pieces_are_looked_up_and_cut():

@@ -267,6 +267,23 @@ def test_each_stage_learns_the_sequences_that_it_says(penalty):
     assert first != stripped(search(teacher, 5, 2.0 - penalty)[0][:, 0])
 
 
+def test_the_teacher_writes_half_as_much_again_as_the_labels_and_what_is_cut_is_counted():
+    class Endless(Table):
+        def forward(self, source, prefix):
+            longest.append(prefix.shape[1])
+            scores = super().forward(source, prefix % 2 + 3)
+            ends = 40.0 * (source[:, :1, None] > 5).expand(-1, scores.shape[1], 1)  # two of eight end at once
+            return torch.cat([scores[..., :2], ends - 20, scores[..., 3:]], 2)
+
+    longest: list[int] = []
+    gold = torch.full((SOURCES, 2), 3)
+    with recording() as ledger:
+        keep = given(gold, teacher=Endless(1.0), fit=lambda model, task, **options: model)
+        entry("sequence_kd")(Table(0.1), keep, finetune=0)
+    assert max(longest) == 1 + int(1.5 * 2), "the first word, and three more before the last"
+    assert "6 of them had not ended after 4 words and are cut there" in ledger.notes
+
+
 @pytest.mark.filterwarnings("ignore")  # transformers warns of its own deprecations
 def test_transformers_write_what_their_own_search_writes():
     import transformers

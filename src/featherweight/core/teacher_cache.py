@@ -54,16 +54,19 @@ def cached(folder: str | os.PathLike[str], teacher: nn.Module, task: Task, place
         BadOption: the teacher answers differently each time.
         MissingNeed: there are no training data.
     """
-    path, made = Path(folder), False
+    path = Path(folder)
+
+    def make() -> bool:
+        if not path.exists():
+            _same_twice(task, ask)
+            _write(path, teacher, task, places, ask)
+            return True
+        return False
+
     with undrawn():
         if task.train is None:
             raise MissingNeed("the teacher's outputs for training data are kept, and there are none: pass Task(train=)")
-        if processes.is_main() and not path.exists():
-            _same_twice(task, ask)
-            _write(path, teacher, task, places, ask)
-            made = True
-        processes.wait()
-        held = TeacherCache.open(path, portrait(teacher), places, task, made=processes.from_main(made))
+        held = TeacherCache.open(path, portrait(teacher), places, task, made=processes.main_only(make))
         if not held.made:
             batch = first(task.train, "training")
             held.compare(held(batch), ask(batch))
@@ -186,11 +189,12 @@ def _write(path: Path, teacher: nn.Module, task: Task, places: Sequence[str], as
 def _ordered(tensor: Tensor) -> tuple[Tensor, list[int]]:
     """The tensor with its dimensions from the widest stride to the narrowest, and their order.
 
-    Sums go by the layout in memory, so a tensor that comes back in another one has another last digit.
+    Sums go by the layout in memory, so a tensor that comes back in another one has another last digit. A copy: logits
+    may be a view of features, and a file holds no tensors that share memory.
     """
     strides = tensor.stride()
     order = sorted(range(tensor.dim()), key=lambda d: -strides[d])
-    return tensor.detach().cpu().permute(order).contiguous(), order
+    return tensor.detach().cpu().permute(order).clone(memory_format=torch.contiguous_format), order
 
 
 def _laid(tensor: Tensor, order: Sequence[int] | None) -> Tensor:
