@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from featherweight.coding import compact, load, save
+from featherweight.coding import compact, load, save, streams
 from featherweight.coding.container import shapes_of
 from featherweight.coding.manifest import checked, unpack_manifest
+from featherweight.core.forms import Affine, Codes, declare_codes
 from featherweight.core.recurrent import shared
 from featherweight.core.structured import from_dense
 from golden_models import GOLDEN_FILES, fresh
@@ -69,6 +70,31 @@ class SharedGRU(nn.Module):
         return self.gru(self.into(x))[0]
 
 
+def wide() -> nn.Module:
+    """A layer of integers that is long enough to be cut into blocks."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 150, bias=False)
+    symbols = torch.randint(-3, 4, (150, 64), dtype=torch.int8)
+    codes = Codes(symbols, Affine(torch.tensor(0.1), torch.zeros((), dtype=torch.int32)), (150, 64))
+    layer.weight = nn.Parameter(codes.decode())
+    declare_codes(layer, "weight", codes)
+    return layer
+
+
+def blocks() -> list[Seed]:
+    """Files whose streams are cut as those of large tensors are."""
+    found, kept = [], {name: getattr(streams, name) for name in ("LONG", "BLOCK", "FAST_BLOCK")}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in kept:
+            setattr(streams, name, 4096)
+        for coder in ("fast", "huffman", "context_mixing"):
+            save(wide(), Path(folder) / "a.fw", coder=coder)
+            found.append(Seed(f"blocks {coder}", (Path(folder) / "a.fw").read_bytes(), wide))
+    for name, value in kept.items():
+        setattr(streams, name, value)
+    return found
+
+
 @cache
 def seeds() -> tuple[Seed, ...]:
     """The golden files, and compressed networks under every coder, full and bare."""
@@ -90,4 +116,4 @@ def seeds() -> tuple[Seed, ...]:
         found += wired * 3  # what a graph can say takes more tries
         save(wired_graph(), path, bare=True)
         found.append(Seed("graph bare", path.read_bytes(), wired_graph))
-    return tuple(found)
+    return (*found, *blocks())
