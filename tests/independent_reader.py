@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -315,10 +315,34 @@ def adaptive(source: Bytes, count: int, size: int) -> list[int]:
     return [value + centre for value in out]
 
 
-LOWER = (22, 36, 60, 98, 162, 267, 440, 724, 1179, 1921, 3108, 4971, 7812, 11955, 17625, 24743)
-KNOTS = (*LOWER, 1 << 15, *((1 << 16) - k for k in LOWER[:0:-1]), 65514)
-SQUASH = [(KNOTS[x >> 7] * (128 - x % 128) + KNOTS[(x >> 7) + 1] * (x % 128)) >> 7 for x in range(4096)]
-STRETCH = [max(min(bisect_left(SQUASH, 16 * q + 8), 4095) - 2048, -2047) for q in range(4096)]
+LOWER = (
+    1,
+    2,
+    3,
+    5,
+    8,
+    13,
+    22,
+    36,
+    60,
+    98,
+    162,
+    267,
+    440,
+    724,
+    1179,
+    1921,
+    3108,
+    4971,
+    7812,
+    11955,
+    17625,
+    24743,
+    32768,
+)
+KNOTS = (*LOWER, *((1 << 16) - k for k in LOWER[-2::-1]))
+SQUASH = [(KNOTS[x >> 7] * (128 - x % 128) + KNOTS[(x >> 7) + 1] * (x % 128)) >> 7 for x in range(1, 5632)]
+STRETCH = [min(bisect_right(SQUASH, q), 5630) - 2815 for q in range(1 << 16)]
 LOGS = (-1242, -1065, -887, -783, -710, -653, -606, -566, -532, -502, -475, -451, -429, -408, -389, -371)
 NEXT = (["00"], ["01", "23", "10", "32"], ["02", "75", "13", "64", "20", "57", "31", "46"])
 
@@ -342,7 +366,7 @@ class Mixture:
     """Range decoder, cells and weights of a context-mixing code."""
 
     def __init__(self, data: bytes) -> None:
-        self.data, self.pace = iter(data), 0
+        self.data, self.pace, self.near = iter(data), 0, [0] * 12
         self.code, self.span = int.from_bytes([next(self.data, 0) for _ in range(4)], "big"), (1 << 32) - 1
         self.cells, self.weights = dict[tuple[int, ...], list[int]](), dict[tuple[int, ...], list[int]]()
 
@@ -354,41 +378,51 @@ class Mixture:
             self.code, self.span = self.code << 8 | next(self.data, 0), self.span << 8
         return one
 
-    def bit(self, bin: int, contexts: list[int], logits: list[int], odd: int, group: int, lift: int) -> int:
-        cells = []
-        for model, (context, logit) in enumerate(zip(contexts, logits, strict=True)):
-            fresh = [64 * SQUASH[lim(logit + lift, 1536) + 2048], 8]
-            cells.append(self.cells.setdefault((model, context, odd, bin), fresh))
-        said = [STRETCH[chance >> 10] for chance, _ in cells]
-        sets = [self.weights.setdefault(key, [11141] * 6) for key in ((0, bin, odd), (1, bin, odd, group))]
-        sums = [lim(sum(w * x for w, x in zip(own, said, strict=True)) >> 16, 2047) for own in sets]
-        one = self.taken(SQUASH[(sum(sums) >> 1) + 2048])
-        for own, total in zip(sets, sums, strict=True):
-            error = (one << 16) - SQUASH[total + 2048]
-            own[:] = [
-                lim(w + ((x * error * self.pace + (1 << 17)) >> 18), 1 << 20) for w, x in zip(own, said, strict=True)
-            ]
-        for cell in cells:
-            moved = cell[0] + (((one << 22) - cell[0]) * (655360 // (10 * cell[1] + 16)) >> 16)
+    def bit(
+        self,
+        bin: int,
+        cells: list[tuple[int, ...]],
+        logits: list[int],
+        sets: tuple[tuple[int, ...], ...],
+        near: list[int],
+    ) -> int:
+        """A bin of these cells (model and bin apart) and sets of weights; `near` are signed neighbours."""
+        held = []
+        for model, (cell, logit) in enumerate(zip(cells, logits, strict=True)):
+            held.append(self.cells.setdefault((model, bin, *cell), [64 * SQUASH[lim(logit, 1536) + 2815], 3]))
+        said = [*(STRETCH[chance >> 6] for chance, _ in held), 256]
+        own = [self.weights.setdefault((i, bin, *one), [*[8400] * 8, 0, 0]) for i, one in enumerate(sets)]
+        beside = sum(a * b for a, b in zip(near, self.near, strict=False))
+        sums = [lim(sum(w * x for w, x in zip(one, said, strict=False)) + beside >> 16, 2815) for one in own]
+        bit = self.taken(SQUASH[(sum(sums) >> 1) + 2815])
+        errors = []
+        for one, total in zip(own, sums, strict=True):
+            error = ((bit << 16) - SQUASH[total + 2815]) * (self.pace + 95200 // (700 + one[9])) >> 4
+            moved = [lim(w + ((x * error + (1 << 17)) >> 18), 1 << 20) for w, x in zip(one, said, strict=False)]
+            one[:] = [*moved, min(one[9] + 1, 65535)]
+            errors.append(error)
+        both = sum(errors) >> 1
+        for at, x in enumerate(near):
+            self.near[at] = lim(self.near[at] + ((24 * x * both + (1 << 19)) >> 20), 1 << 20)
+        for cell in held:
+            moved = cell[0] + (((bit << 22) - cell[0]) * (655360 // (10 * cell[1] + 16)) >> 16)
             cell[:] = [min(max(moved, 64), (1 << 22) - 64), min(cell[1] + 1, 1000)]
-        return one
+        return bit
 
 
 def mixed(source: Bytes, count: int, size: int) -> list[int]:
-    centre, width, kernel = source.varint(), source.varint(), source.varint()
+    centre, width, kernel, line = source.varint(), source.varint(), source.varint(), source.varint()
     first, second = source.take(2)
-    mixture = Mixture(source.take(source.varint()))
-    return [
-        centre + v for v in modelled(mixture, count, width, kernel, first & 31, first >> 5, second >> 6, second & 63)
-    ]
+    told = (width, kernel, line, first & 31, first >> 5, second >> 6, second & 63)
+    return [centre + value for value in modelled(Mixture(source.take(source.varint())), count, *told)]
 
 
-def modelled(
-    mixture: Mixture, count: int, width: int, kernel: int, shift: int, trellis: int, pace: int, level: int
+def modelled(  # noqa: PLR0915 - as long as the section of the page that it reads like
+    mixture: Mixture, count: int, width: int, kernel: int, line: int, shift: int, trellis: int, pace: int, level: int
 ) -> list[int]:
-    table, mixture.pace = NEXT[trellis], (2, 4, 7, 14)[pace]
+    table, mixture.pace, mixture.near = NEXT[trellis], (6, 12, 24, 48)[pace], [20000 * (line > 1)] * 2 + [0] * 10
     mean = 4 * (level if level < 16 else (8 + level % 8) << (level // 8 - 1))
-    out, sizes, state, fast = list[int](), list[int](), 0, mean
+    points, sizes, state, fast = list[int](), list[int](), 0, mean
     sums: dict[object, int] = {}
     for i in range(count):
         row, x = divmod(i, width)
@@ -402,14 +436,31 @@ def modelled(
         inputs = (sums.get(("input", which), 0) + 2 * whole) // (row * kernel + place + 2) if kernel > 1 else beside
         places = (sums.get(("place", place), 0) + 2 * whole) // (row * (width // kernel) + which + 2)
         both = along * down // whole
-        before = [sizes[i - d] if fits else 0 for d, fits in ((1, x >= 1), (width, row), (kernel, x >= kernel))]
-        left, above, beyond = (min((one + 1) // 2, 3) for one in before)
-        found = [bucket(m >> 2, 8) for m in (along, down, fast, both, along * inputs // whole * places // whole)]
-        contexts, logits = [*found, 16 * left + 4 * above + beyond], [log_of(b) for b in (*found, found[0])]
-        group = min(bucket(both >> 2, 2), 15)
 
-        def bit(bin: int, lift: int, of: tuple[Any, ...] = (contexts, logits, odd, group)) -> int:
-            return mixture.bit(bin, *of, lift)
+        def near(held: list[int], steps: int, there: bool = True, at: int = i) -> int:
+            return held[at - steps] if there else 0
+
+        across, deep = place % line, place // line
+        two = line > 1
+        beyond = near(sizes, kernel, x >= kernel)
+        if two:
+            left, upper = near(sizes, 1, across > 0), near(sizes, line, deep > 0)
+            corner = near(sizes, line + 1, across > 0 and deep > 0)
+            close = (3 * ((4 * left + 4 * upper + 2 * corner + 2 * beyond) * 128 // 12) + both) // 4
+        else:
+            left, upper = near(sizes, 1, x > 0), near(sizes, width, row > 0)
+            more = near(sizes, 2, x > 1) + near(sizes, 2 * width, row > 1)
+            close = (256 * (left + beyond + upper) + 128 * more + 4 * both) // 12
+        three = [min((one + 1) // 2, 3) for one in (left, upper, beyond)]
+        pair = [min(bucket(one >> 2, 1), 7) for one in (along, down)]
+        means = (along, down, fast, both, along * inputs // whole * places // whole, along, close, both)
+        found = [bucket(one >> 2, 8) for one in means]
+        contexts = [*found[:5], 16 * three[0] + 4 * three[1] + three[2], found[6], 8 * pair[0] + pair[1]]
+        cells = [(one, state if model in (0, 3, 5, 7) else odd) for model, one in enumerate(contexts)]
+        sets = ((odd,), (odd, min(bucket(both >> 2, 2), 15)))
+
+        def bit(bin: int, lift: int, cells: Any = cells, found: Any = found, sets: Any = sets) -> int:
+            return mixture.bit(bin, cells, [log_of(one) + lift for one in found], sets, [])
 
         value = 0
         while value < 15 and bit(value, 102 + 179 * odd if value == 0 else -90):
@@ -422,18 +473,36 @@ def modelled(
             for _ in range(shift):
                 value = 2 * value | mixture.taken(1 << 15)
             value += 1
-            steps = [(d, x >= d) for d in (1, 2, kernel)] + [(d, i >= d) for d in (width, 2 * width)]
-            one, two, far, up, higher = (1 + int(np.sign(out[i - d])) if fits else 1 for d, fits in steps)
-            signs = [3 * one + two, 3 * far + up, 3 * up + higher, 3 * one + up, 9 * one + 3 * far + up, 0]
-            value = -value if mixture.bit(15, signs, [0] * 6, 0, 0, 0) else value
-        out.append(2 * value - odd * int(np.sign(value)) if trellis else value)
-        sizes.append(min((2 * abs(value) - (odd if value else 0)) >> shift, 1 << 20))
+            signed = [
+                near(points, 1, across > 0 if two else x > 0),
+                near(points, line, deep > 0) if two else near(points, 2, x > 1),
+                near(points, line + 1, two and deep > 0 and across > 0),
+                near(points, line - 1, two and deep > 0 and across + 1 < line),
+                near(points, kernel, x >= kernel),
+                *(near(points, n * width, row >= n) for n in (1, 2, 3)),
+                near(points, 2, two and across > 1),
+                near(points, 2 * line, two and deep > 1),
+                near(points, 2 * kernel, x >= 2 * kernel),
+                0,
+            ]
+            g = [1 + int(np.sign(one)) for one in signed]
+            if two:
+                some = [3 * g[0] + g[1], 3 * g[4] + g[5], 9 * g[0] + 3 * g[1] + g[2], 3 * g[1] + g[4]]
+                some.append(9 * g[0] + 3 * g[1] + g[4])
+            else:
+                some = [3 * g[0] + g[1], 3 * g[4] + g[5], 3 * g[5] + g[6], 3 * g[0] + g[5], 9 * g[0] + 3 * g[4] + g[5]]
+            some += [0, 9 * g[5] + 3 * g[6] + 1 + int(np.sign(near(points, 1, x > 0))), min(which, 60)]
+            beside_it = [-lim(128 * one, 384) for one in signed]
+            negative = mixture.bit(15, [(one, 0) for one in some], [0] * 8, ((0,), (0, min(value - 1, 3))), beside_it)
+            value = -value if negative else value
+        points.append(2 * value - odd * int(np.sign(value)) if trellis else value)
+        sizes.append(min((2 * abs(value) - (odd if value else 0)) >> shift, 1 << 14))
         grown = 128 * sizes[-1]
         for key in ("all", "row", ("column", x), ("input", which), ("place", place)):
             sums[key] = sums.get(key, 0) + grown
         fast += (grown - fast) >> 2 if grown > fast else -((fast - grown) >> 2)
         state = int(table[state][value % 2])
-    return out
+    return points
 
 
 def multiset(source: Bytes, count: int, size: int) -> list[int]:
@@ -536,10 +605,13 @@ class Compact(Mixture):
             )
             scale = (kind, self.last[vector])
         trellis = 0 if not self.yes(9, vector) else 1 if self.yes(10, vector) else 2
-        shift = self.bits(5) if self.yes(11, vector) else 0
-        pace, level = self.bits(2), self.bits(6)
         width, kernel = (prod(shape), 1) if vector else (prod(shape[1:]), prod(shape[2:]))
-        whole = np.array(modelled(self, prod(shape), width, kernel, shift, trellis, pace, level), "i8") + centre
+        line = shape[-1] if len(shape) > 3 else 1
+        if len(shape) == 2 and self.yes(8, vector):
+            kernel, line = self.number(), self.number()
+        shift = self.bits(5) if self.yes(11, vector) else 0
+        pace, level = self.bits(2) if self.yes(12, vector) else 1, self.bits(6)
+        whole = np.array(modelled(self, prod(shape), width, kernel, line, shift, trellis, pace, level), "i8") + centre
         return on_grid(kind, whole.reshape(seen), scale, zero, along).tobytes()
 
     def scale(self, kind: int, vector: bool) -> bytes:

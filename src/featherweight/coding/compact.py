@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from featherweight.coding.bits import ALL, Ints, Reader, Wanted, varint, zigzag
-from featherweight.coding.coders.context_mixing import PACES, mean_of, nearest_level, shift_of, trellis_of
+from featherweight.coding.coders.context_mixing import (
+    PACES,
+    SHORT,
+    USUAL,
+    fold_of,
+    mean_of,
+    nearest_level,
+    shift_of,
+    trellis_of,
+)
 from featherweight.coding.packing import head_bytes, store
 from featherweight.coding.records import (
     AFFINE,
@@ -45,6 +54,8 @@ LONG = 4096  # bytes from which a file ends with a whole CRC-32, not with its lo
 FURTHEST = 1 << 17  # steps from the centre that the stream holds
 STEPS = (128, 140, 152, 166, 181, 197, 215, 235)  # 128 * 2^(i / 8), exact in every type of weights
 EXPONENT = 24  # the least step of the short list is 2^-24, the largest below 2^8
+SHORTEST = 40  # integers from which other paces are tried
+DEARER = 4  # bits that another pace takes
 Shape = tuple[int, ...]
 Place = tuple[Tensor, Codes | None] | int  # a tensor of the model, or the number of an earlier one that it is
 
@@ -66,7 +77,7 @@ def _step(number: int) -> float:
 # --- the two ends of the stream ---------------------------------------------------------------------------------------
 
 # Questions about a tensor. Each is learned on its own for vectors and for all others.
-APART, TIED, TYPED, ODD_GRID, NEW_SCALE, LONG_SCALE, WHOLE_SCALE, WIDE, WIDEST, TRELLIS, FOUR, SHIFTED, PACED = range(
+APART, TIED, TYPED, ODD_GRID, NEW_SCALE, LONG_SCALE, WHOLE_SCALE, WIDE, FOLDED, TRELLIS, FOUR, SHIFTED, PACED = range(
     13
 )
 
@@ -196,9 +207,10 @@ class Source:
         return float(self.coder[3]) / (8 << 24) if len(self.coder) > 3 else 0.0
 
 
-def _rows(shape: Shape) -> tuple[int, int]:
-    """The length of a row, and of a kernel in it: all that belongs to one output, the places of one input."""
-    return max(math.prod(shape[1:]), 1) if len(shape) > 1 else max(math.prod(shape), 1), max(math.prod(shape[2:]), 1)
+def _rows(shape: Shape) -> tuple[int, int, int]:
+    """The length of a row (all of one output), of a kernel in it (of one input), of a line of that."""
+    line = shape[-1] if len(shape) > 3 else 1
+    return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape), math.prod(shape[2:]), line
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -369,23 +381,28 @@ def _put_values(writer: Writer, whole: Ints, shape: Shape, vector: bool) -> None
     if writer.ask(TRELLIS, vector, trellis):
         writer.ask(FOUR, vector, trellis == 1)
     values = levels(whole, trellis)[0] if trellis else whole
-    width, kernel = _rows(shape)
+    width, kernel, line = _rows(shape)
+    if len(shape) == 2:
+        kernel, line = fold_of(values, width, trellis)
+        if writer.ask(FOLDED, vector, kernel > 1):
+            writer.number(kernel)
+            writer.number(line)
     shift, mean = shift_of(values)
-    best: tuple[float, int, int] | None = None
+    best: tuple[float, int] | None = None
     level = nearest_level(2 * mean / (1 << shift))
     kept = writer.kept()
-    paces = range(len(PACES)) if len(values) <= 1 << 14 else (1,)
-    for number in paces:
-        writer.bits(level, 6)
-        writer.values(values, (width, kernel, trellis, shift, mean_of(level), PACES[number]))
-        best = min(best, (writer.length, number, level)) if best else (writer.length, number, level)
+    for number in range(len(PACES)) if SHORTEST < len(values) <= SHORT else (USUAL,):
+        writer.values(values, (width, kernel, line, trellis, shift, mean_of(level), PACES[number]))
+        found = writer.length + (0 if number == USUAL else DEARER), number
+        best = min(best, found) if best else found
         writer.back(kept)
     assert best is not None
     if writer.ask(SHIFTED, vector, shift):
         writer.bits(shift, 5)
-    writer.bits(best[1], 2)
-    writer.bits(best[2], 6)
-    writer.values(values, (width, kernel, trellis, shift, mean_of(best[2]), PACES[best[1]]))
+    if writer.ask(PACED, vector, best[1] != USUAL):
+        writer.bits(best[1], 2)
+    writer.bits(level, 6)
+    writer.values(values, (width, kernel, line, trellis, shift, mean_of(level), PACES[best[1]]))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -550,9 +567,14 @@ def _get_scale(source: Source, vector: bool, dtype: torch.dtype) -> Tensor:
 
 def _get_values(source: Source, shape: Shape, vector: bool) -> Ints:
     trellis = (1 if source.ask(FOUR, vector) else 2) if source.ask(TRELLIS, vector) else 0
+    width, kernel, line = _rows(shape)
+    if len(shape) == 2 and source.ask(FOLDED, vector):
+        kernel, line = source.number(), source.number()
+        if not 0 < line <= kernel <= width or width % kernel or kernel % line:
+            raise FormatError("the file is corrupt: rows of a matrix are no whole kernels")
     shift = source.bits(5) if source.ask(SHIFTED, vector) else 0
     if shift > 16:
         raise FormatError(f"the file is corrupt: its stream leaves out {shift} bits of integers")
-    pace, mean = PACES[source.bits(2)], mean_of(source.bits(6))
-    width, kernel = _rows(shape)
-    return source.values(math.prod(shape), (width, kernel, trellis, shift, mean, pace))
+    pace = PACES[source.bits(2) if source.ask(PACED, vector) else USUAL]
+    head = (width, kernel, line, trellis, shift, mean_of(source.bits(6)), pace)
+    return source.values(math.prod(shape), head)

@@ -15,19 +15,46 @@ from numba import njit
 from featherweight.coding.bits import Ints
 from featherweight.coding.context_kernels import _ended, _get, _put, _room
 
-MODELS = 6
+MODELS = 8
+FULL_STATE = (True, False, False, True, False, True, False, True)  # models that look at the whole state of a trellis
 UNARY = 15  # bins that ask "greater?", the first of them being "not the centre?"
 SIGN, PREFIX, BINS = UNARY, UNARY + 1, UNARY + 20
 BUCKETS = 64
 ESCAPE = 19  # the longest prefix of an escape
 FULL = 1 << 22  # a model's chance of one
 HEAVIEST = 1 << 20  # bound of a weight, in units of 2**-16
-OLDEST = 1000  # the age at which a context stops learning more slowly
-LARGEST = 1 << 20  # magnitudes beyond are taken for this
-# 65536 / (1 + exp(-x / 256)) at x = -2048, -1920, ..., 2048
-KNOTS = (
-    *(22, 36, 60, 98, 162, 267, 440, 724, 1179, 1921, 3108, 4971, 7812, 11955, 17625, 24743, 32768),
-    *(40793, 47911, 53581, 57724, 60565, 62428, 63615, 64357, 64812, 65096, 65269, 65374, 65438, 65476, 65500, 65514),
+YOUNG, OLDEST = 3, 1000  # the age of a new context, and that at which it stops learning more slowly
+LARGEST = 1 << 14  # sizes beyond are taken for this: products of three means stay below 2**63
+MOST = (1 << 16) - 1  # how often a set of weights is counted
+EDGE = 2815  # logits go no further, in 1 / 256
+CERTAIN = 256  # the input that is always the same
+NEIGHBOURS = 12  # signed weights that a sign is foretold from
+LEANING = 20000  # their weight for the two nearest in a kernel, of 65536
+# 65536 / (1 + exp(-x / 256)) at x = -2816, -2688, ..., 0
+LOWER = (
+    1,
+    2,
+    3,
+    5,
+    8,
+    13,
+    22,
+    36,
+    60,
+    98,
+    162,
+    267,
+    440,
+    724,
+    1179,
+    1921,
+    3108,
+    4971,
+    7812,
+    11955,
+    17625,
+    24743,
+    32768,
 )
 # 256 * ln(t / 64) for t = 0 (taken as 1/2), 1, ..., 15
 LOGS = (-1242, -1065, -887, -783, -710, -653, -606, -566, -532, -502, -475, -451, -429, -408, -389, -371)
@@ -42,37 +69,40 @@ STATES = np.array(
 )
 
 
-def _tables() -> tuple[Ints, Ints, Ints]:
-    """Squash (index x + 2048), its inverse by steps of 16, and the weight of a new bit by age."""
-    x = np.arange(4096)
-    knots, i, w = np.array(KNOTS, dtype=np.int64), x >> 7, x & 127
+def _tables() -> tuple[Ints, Ints, Ints, Ints]:
+    """Squash (index x + EDGE), its inverse, the weight of a new bit by age, what is added to a pace by use."""
+    x = np.arange(1, 2 * EDGE + 2)
+    knots, i, w = np.array([*LOWER, *((1 << 16) - k for k in LOWER[-2::-1])], dtype=np.int64), x >> 7, x & 127
     squash = (knots[i] * (128 - w) + knots[i + 1] * w) >> 7
-    stretch = np.minimum(np.searchsorted(squash, np.arange(4096) * 16 + 8), 4095) - 2048
+    stretch = np.minimum(np.searchsorted(squash, np.arange(1 << 16), side="right"), 2 * EDGE) - EDGE
     rates = 655360 // (10 * np.arange(1024) + 16)
-    return squash, np.clip(stretch, -2047, 2047).astype(np.int64), rates.astype(np.int64)
+    return squash, stretch.astype(np.int64), rates.astype(np.int64), 95200 // (700 + np.arange(MOST + 1))
 
 
-SQUASH, STRETCH, RATES = _tables()
+SQUASH, STRETCH, RATES, HASTE = _tables()
 
 
 class Mixer(NamedTuple):
     """What is learned: chances of the models' contexts, their ages, weights; and scratch for the bin at hand."""
 
-    chance: Any  # (MODELS, contexts)
-    age: Any
-    weight: Any  # (2, sets, MODELS)
-    said: Any  # (MODELS + 2): what each model says, and the two sums
+    cells: Any  # (MODELS, contexts, 2): chance and age
+    weight: Any  # (2, sets, MODELS + 1)
+    used: Any  # (2, sets): how often
+    said: Any  # (MODELS + 3): what each model says, what is always said, the two sums
     start: Any  # (MODELS): logits at which the contexts of this symbol start
     place: Any  # (MODELS + 2): the first context of each model, the two sets of weights
+    near: Any  # (2, NEIGHBOURS): signed neighbours and their weights
 
 
 @njit(cache=True)
 def fresh() -> Any:
-    contexts = BUCKETS * 2 * BINS
-    weight = np.full((2, 32 * BINS, MODELS), 11141, dtype=np.int64)
-    zeros = np.zeros((MODELS, contexts), dtype=np.int32)
-    lists = np.zeros((3, MODELS + 2), dtype=np.int64)
-    return Mixer(zeros, zeros.copy(), weight, lists[0], lists[1], lists[2])
+    cells = np.zeros((MODELS, BUCKETS * 8 * BINS, 2), dtype=np.int32)
+    weight = np.full((2, 32 * BINS, MODELS + 1), 8400, dtype=np.int64)
+    weight[:, :, MODELS] = 0
+    lists = np.zeros((3, MODELS + 3), dtype=np.int64)
+    lists[0, MODELS] = CERTAIN
+    used = np.zeros((2, 32 * BINS), dtype=np.int64)
+    return Mixer(cells, weight, used, lists[0], lists[1], lists[2], np.zeros((2, NEIGHBOURS), dtype=np.int64))
 
 
 @njit(cache=True)
@@ -83,33 +113,48 @@ def _clamped(x: int, bound: int) -> int:
 @njit(cache=True)
 def _foretell(mixer: Any, bin: int, lift: int) -> int:
     """The chance of a one, of 2**16; contexts that are new start `lift` above their model's logit."""
-    first = second = 0
+    said, one, other = mixer.said, mixer.place[MODELS] + bin, mixer.place[MODELS + 1] + bin
+    first, second = CERTAIN * mixer.weight[0, one, MODELS], CERTAIN * mixer.weight[1, other, MODELS]
     for j in range(MODELS):
         k = mixer.place[j] + bin
-        if mixer.age[j, k] == 0:
-            mixer.chance[j, k] = SQUASH[_clamped(mixer.start[j] + lift, 1536) + 2048] << 6
-            mixer.age[j, k] = 8
-        mixer.said[j] = STRETCH[mixer.chance[j, k] >> 10]
-        first += mixer.said[j] * mixer.weight[0, mixer.place[MODELS] + bin, j]
-        second += mixer.said[j] * mixer.weight[1, mixer.place[MODELS + 1] + bin, j]
-    first, second = _clamped(first >> 16, 2047), _clamped(second >> 16, 2047)
-    mixer.said[MODELS], mixer.said[MODELS + 1] = first, second
-    return SQUASH[((first + second) >> 1) + 2048]
+        if mixer.cells[j, k, 1] == 0:
+            mixer.cells[j, k, 0] = SQUASH[_clamped(mixer.start[j] + lift, 1536) + EDGE] << 6
+            mixer.cells[j, k, 1] = YOUNG
+        x = STRETCH[mixer.cells[j, k, 0] >> 6]
+        said[j] = x
+        first += x * mixer.weight[0, one, j]
+        second += x * mixer.weight[1, other, j]
+    if bin == SIGN:
+        for j in range(NEIGHBOURS):
+            x = mixer.near[0, j] * mixer.near[1, j]
+            first += x
+            second += x
+    first, second = _clamped(first >> 16, EDGE), _clamped(second >> 16, EDGE)
+    said[MODELS + 1], said[MODELS + 2] = first, second
+    return SQUASH[((first + second) >> 1) + EDGE]
 
 
 @njit(cache=True)
 def _learn(mixer: Any, bin: int, bit: int, pace: int) -> None:
-    first = ((bit << 16) - SQUASH[mixer.said[MODELS] + 2048]) * pace
-    second = ((bit << 16) - SQUASH[mixer.said[MODELS + 1] + 2048]) * pace
-    one, other = mixer.place[MODELS] + bin, mixer.place[MODELS + 1] + bin
+    said, one, other = mixer.said, mixer.place[MODELS] + bin, mixer.place[MODELS + 1] + bin
+    first = (((bit << 16) - SQUASH[said[MODELS + 1] + EDGE]) * (pace + HASTE[mixer.used[0, one]])) >> 4
+    second = (((bit << 16) - SQUASH[said[MODELS + 2] + EDGE]) * (pace + HASTE[mixer.used[1, other]])) >> 4
+    mixer.used[0, one] = min(mixer.used[0, one] + 1, MOST)
+    mixer.used[1, other] = min(mixer.used[1, other] + 1, MOST)
+    for j in range(MODELS + 1):
+        x = said[j]
+        mixer.weight[0, one, j] = _clamped(mixer.weight[0, one, j] + ((x * first + (1 << 17)) >> 18), HEAVIEST)
+        mixer.weight[1, other, j] = _clamped(mixer.weight[1, other, j] + ((x * second + (1 << 17)) >> 18), HEAVIEST)
     for j in range(MODELS):
         k = mixer.place[j] + bin
-        said = mixer.said[j]
-        mixer.weight[0, one, j] = _clamped(mixer.weight[0, one, j] + ((said * first + (1 << 17)) >> 18), HEAVIEST)
-        mixer.weight[1, other, j] = _clamped(mixer.weight[1, other, j] + ((said * second + (1 << 17)) >> 18), HEAVIEST)
-        chance, age = mixer.chance[j, k], mixer.age[j, k]
-        mixer.chance[j, k] = min(max(chance + (((bit * FULL - chance) * RATES[age]) >> 16), 64), FULL - 64)
-        mixer.age[j, k] = min(age + 1, OLDEST)
+        chance, age = np.int64(mixer.cells[j, k, 0]), mixer.cells[j, k, 1]
+        mixer.cells[j, k, 0] = min(max(chance + (((bit * FULL - chance) * RATES[age]) >> 16), 64), FULL - 64)
+        mixer.cells[j, k, 1] = min(age + 1, OLDEST)
+    if bin == SIGN:
+        both = (first + second) >> 1
+        for j in range(NEIGHBOURS):
+            moved = mixer.near[1, j] + ((24 * mixer.near[0, j] * both + (1 << 19)) >> 20)
+            mixer.near[1, j] = _clamped(moved, HEAVIEST)
 
 
 # --- the neighbourhood ------------------------------------------------------------------------------------------------
@@ -143,19 +188,27 @@ class Seen(NamedTuple):
 
 
 @njit(cache=True)
-def unseen(count: int, width: int, kernel: int, mean: int) -> Any:
+def unseen(mixer: Any, count: int, width: int, kernel: int, line: int, mean: int) -> Any:
     reach = min(width, count)
     values, sizes = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int32)
     columns, inputs = np.zeros(reach + 2, dtype=np.int64), np.zeros(reach // kernel + 1, dtype=np.int64)
     totals = np.array([0, 0, mean, 0], dtype=np.int64)
+    mixer.near[1] = 0
+    if line > 1:
+        mixer.near[1, :2] = LEANING
     return Seen(values, sizes, columns, inputs, np.zeros(min(kernel, count), dtype=np.int64), totals)
 
 
 @njit(cache=True)
-def _look(mixer: Any, seen: Any, i: int, width: int, kernel: int, mean: int, odd: int) -> None:
-    """Chooses the contexts of a symbol's magnitude; what is known of few symbols leans on the mean of all."""
+def _look(mixer: Any, seen: Any, i: int, rows: Any, mean: int, state: int) -> None:
+    """Chooses the contexts of a symbol's magnitude; what is known of few symbols leans on the mean of all.
+
+    Args:
+        rows: the length of a row, of a kernel in it, of a line of that.
+    """
+    width, kernel, line = rows
     row, column = i // width, i % width
-    place, which = column % kernel, column // kernel
+    place, which, odd, sizes = column % kernel, column // kernel, state & 1, seen.sizes
     overall = max((seen.totals[0] + 32 * mean) // (i + 32), 4)
     if column == 0:
         seen.totals[1] = 0
@@ -164,46 +217,80 @@ def _look(mixer: Any, seen: Any, i: int, width: int, kernel: int, mean: int, odd
     if kernel > 1:
         inputs = (seen.inputs[which] + 2 * overall) // (row * kernel + place + 2)
     else:
-        near = seen.columns[column] + 2 * seen.columns[column + 1] + seen.columns[column + 2]
-        inputs = (near + 2 * overall) // (4 * row + 2)
+        beside = seen.columns[column] + 2 * seen.columns[column + 1] + seen.columns[column + 2]
+        inputs = (beside + 2 * overall) // (4 * row + 2)
     places = (seen.places[place] + 2 * overall) // (row * (width // kernel) + which + 2)
     both = along * down // overall
-    left = seen.sizes[i - 1] if column >= 1 else 0
-    beyond = seen.sizes[i - kernel] if column >= kernel else 0
-    above = seen.sizes[i - width] if row else 0
-    close = min((left + 1) // 2, 3) * 16 + min((above + 1) // 2, 3) * 4 + min((beyond + 1) // 2, 3)
-    found = (along, down, seen.totals[2], both, along * inputs // overall * places // overall)
-    for j in range(MODELS - 1):
+    left = np.int64(sizes[i - 1]) if column >= 1 else 0
+    beyond = np.int64(sizes[i - kernel]) if column >= kernel else 0
+    above = np.int64(sizes[i - width]) if row else 0
+    if line > 1:
+        left = left if place % line else 0
+        upper = np.int64(sizes[i - line]) if place >= line else 0
+        corner = np.int64(sizes[i - line - 1]) if place >= line and place % line else 0
+        near = (3 * ((4 * left + 4 * upper + 2 * corner + 2 * beyond) * 128 // 12) + both) // 4
+    else:
+        upper = above
+        second = np.int64(sizes[i - 2]) if column >= 2 else 0
+        higher = np.int64(sizes[i - 2 * width]) if row > 1 else 0
+        near = (256 * (left + above + beyond) + 128 * (second + higher) + 4 * both) // 12
+    close = min((left + 1) // 2, 3) * 16 + min((upper + 1) // 2, 3) * 4 + min((beyond + 1) // 2, 3)
+    product = along * inputs // overall * places // overall
+    pair = min(bucket(along >> 2, 1), 7) * 8 + min(bucket(down >> 2, 1), 7)
+    found = (along, down, seen.totals[2], both, product, along, near, both)
+    for j in range(MODELS):
         at = bucket(found[j] >> 2, 8)
         mixer.start[j] = _logit(at)
-        mixer.place[j] = (2 * at + odd) * BINS
-    mixer.start[MODELS - 1] = mixer.start[0]
-    mixer.place[MODELS - 1] = (2 * close + odd) * BINS
+        context = close if j == 5 else pair if j == 7 else at
+        mixer.place[j] = (8 * context + (state if FULL_STATE[j] else odd)) * BINS
     mixer.place[MODELS] = odd * BINS
     mixer.place[MODELS + 1] = (2 * min(bucket(both >> 2, 2), 15) + odd) * BINS
 
 
 @njit(cache=True)
-def _look_for_sign(mixer: Any, seen: Any, i: int, width: int, kernel: int, odd: int) -> None:
-    """Chooses the contexts of a symbol's sign: the signs of its neighbours, its magnitude is not yet there."""
-    column = i % width
-    left = 1 + np.sign(seen.values[i - 1]) if column >= 1 else 1
-    second = 1 + np.sign(seen.values[i - 2]) if column >= 2 else 1
-    beyond = 1 + np.sign(seen.values[i - kernel]) if column >= kernel else 1
-    above = 1 + np.sign(seen.values[i - width]) if i >= width else 1
-    higher = 1 + np.sign(seen.values[i - 2 * width]) if i >= 2 * width else 1
-    found = (
-        left * 3 + second,
-        beyond * 3 + above,
-        above * 3 + higher,
-        left * 3 + above,
-        (left * 3 + beyond) * 3 + above,
-        0,
-    )
+def _look_for_sign(mixer: Any, seen: Any, i: int, rows: Any, size: int) -> None:
+    """Chooses the contexts of a symbol's sign: the signs of its neighbours; those beside it in a kernel, if it has one
+    of two dimensions."""
+    width, kernel, line = rows
+    row, column, near, values = i // width, i % width, mixer.near[0], seen.values
+    place = column % kernel
+    near[:] = 0
+    if line > 1:
+        down, right = place // line, place % line
+        near[0] = values[i - 1] if right else 0
+        near[1] = values[i - line] if down else 0
+        near[2] = values[i - line - 1] if down and right else 0
+        near[3] = values[i - line + 1] if down and right + 1 < line else 0
+        near[8] = values[i - 2] if right >= 2 else 0
+        near[9] = values[i - 2 * line] if down >= 2 else 0
+    else:
+        near[0] = values[i - 1] if column >= 1 else 0
+        near[1] = values[i - 2] if column >= 2 else 0
+    near[4] = values[i - kernel] if column >= kernel else 0
+    near[10] = values[i - 2 * kernel] if column >= 2 * kernel else 0
+    near[5] = values[i - width] if row >= 1 else 0
+    near[6] = values[i - 2 * width] if row >= 2 else 0
+    near[7] = values[i - 3 * width] if row >= 3 else 0
+    first, second, corner, left = 1 + np.sign(near[0]), 1 + np.sign(near[1]), 1 + np.sign(near[2]), 0
+    beyond, above, higher = 1 + np.sign(near[4]), 1 + np.sign(near[5]), 1 + np.sign(near[6])
+    left = 1 + (np.sign(values[i - 1]) if column >= 1 else 0)
+    far = (9 * above + 3 * higher + left, min(column // kernel, 60))
+    if line > 1:
+        five = (
+            3 * first + second,
+            9 * first + 3 * second + corner,
+            3 * second + beyond,
+            9 * first + 3 * second + beyond,
+        )
+    else:
+        five = (3 * first + second, 3 * above + higher, 3 * first + above, 9 * first + 3 * beyond + above)
+    found = (five[0], 3 * beyond + above, five[1], five[2], five[3], 0, far[0], far[1])
+    for j in range(NEIGHBOURS):
+        near[j] = -_clamped(128 * near[j], 384)
     for j in range(MODELS):
         mixer.start[j] = 0
-        mixer.place[j] = 2 * found[j] * BINS
-    mixer.place[MODELS], mixer.place[MODELS + 1] = 0, 0
+        mixer.place[j] = 8 * found[j] * BINS
+    mixer.place[MODELS], mixer.place[MODELS + 1] = 0, min(size - 1, 3) * BINS
 
 
 @njit(cache=True)
@@ -277,7 +364,8 @@ def encode(values: Ints, head: Any) -> Any:
     """The bytes of signed values (the centre is 0), or of the levels of a trellis.
 
     Args:
-        head: width of a row, length of a kernel, number of the trellis, shift, mean size, pace.
+        head: width of a row, length of a kernel, and of a line in it (1 if it has one dimension), number of the
+            trellis, shift, mean size, pace.
     """
     coder = started()
     return _ended(coder, put_values(coder, np.zeros(len(values) // 4 + 128, dtype=np.uint8), fresh(), values, head))
@@ -286,13 +374,14 @@ def encode(values: Ints, head: Any) -> Any:
 @njit(cache=True, nogil=True)
 def put_values(coder: Any, out: Any, mixer: Any, values: Ints, head: Any) -> Any:
     """Writes values behind what the coder wrote before; the bytes, which may have had to grow."""
-    width, kernel, trellis, shift, mean, pace = head
-    seen = unseen(len(values), width, kernel, mean)
+    width, kernel, line, trellis, shift, mean, pace = head
+    seen = unseen(mixer, len(values), width, kernel, line, mean)
     for i in range(len(values)):
         out = _room(coder, out)
-        value, odd = values[i], seen.totals[3] & 1
+        value, state = values[i], seen.totals[3]
+        odd = state & 1
         size = abs(value)
-        _look(mixer, seen, i, width, kernel, mean, odd)
+        _look(mixer, seen, i, (width, kernel, line), mean, state)
         # not zero comes first, so that the unary part tells (|v| - 1) >> shift
         rest = -1 if size == 0 else (size - 1) >> shift
         for b in range(UNARY):
@@ -306,7 +395,7 @@ def put_values(coder: Any, out: Any, mixer: Any, values: Ints, head: Any) -> Any
         if size:
             for k in range(shift - 1, -1, -1):
                 _put(coder, out, ((size - 1) >> k) & 1, 1 << 15)
-            _look_for_sign(mixer, seen, i, width, kernel, odd)
+            _look_for_sign(mixer, seen, i, (width, kernel, line), size)
             bit = 1 if value < 0 else 0
             _put(coder, out, bit, _foretell(mixer, SIGN, 0))
             _learn(mixer, SIGN, bit, pace)
@@ -343,13 +432,14 @@ def decode(data: Any, count: int, head: Any, coder: Any) -> Any:
 @njit(cache=True, nogil=True)
 def get_values(coder: Any, data: Any, mixer: Any, count: int, head: Any) -> Any:
     """What `put_values` wrote, as `decode` gives it."""
-    width, kernel, trellis, shift, mean, pace = head
-    seen = unseen(count, width, kernel, mean)
+    width, kernel, line, trellis, shift, mean, pace = head
+    seen = unseen(mixer, count, width, kernel, line, mean)
     for i in range(count):
         if coder[2] > len(data) + 4:  # a writer leaves out four bytes at most
             return seen.values, -1
-        odd = seen.totals[3] & 1
-        _look(mixer, seen, i, width, kernel, mean, odd)
+        state = seen.totals[3]
+        odd = state & 1
+        _look(mixer, seen, i, (width, kernel, line), mean, state)
         rest = 0
         while rest < UNARY:
             bit = _get(coder, data, _foretell(mixer, rest, _lift(rest, odd)))
@@ -367,7 +457,7 @@ def get_values(coder: Any, data: Any, mixer: Any, count: int, head: Any) -> Any:
             value -= 1
             for _ in range(shift):
                 value = value << 1 | _get(coder, data, 1 << 15)
-            _look_for_sign(mixer, seen, i, width, kernel, odd)
+            _look_for_sign(mixer, seen, i, (width, kernel, line), value + 1)
             bit = _get(coder, data, _foretell(mixer, SIGN, 0))
             _learn(mixer, SIGN, bit, pace)
             value = -value - 1 if bit else value + 1

@@ -249,9 +249,8 @@ def _tables(tensor: Tensor, symbols: Tensor, rule: Table, decoded: Tensor, coder
 
 
 def _widths(tensor: Tensor) -> tuple[int, ...]:
-    """Rows in which neighbours may be alike: all that belongs to one output, or the kernel of one input."""
-    whole = prod(tensor.shape[1:])
-    return tuple(dict.fromkeys((whole, *((prod(tensor.shape[2:]),) if tensor.dim() > 2 else ()))))
+    """Rows in which neighbours may be alike: all that belongs to one output, the kernel of one input, its lines."""
+    return tuple(prod(tensor.shape[start:]) for start in ((1,), (1, 2), (1, 2, -1))[min(max(tensor.dim() - 2, 0), 2)])
 
 
 def _signs(decoded: Tensor, tensor: Tensor, coders: tuple[int, ...]) -> bytes:
