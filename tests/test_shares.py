@@ -12,8 +12,10 @@ import featherweight as fw
 from conftest import Batches, small_cnn, small_mlp, small_task
 from featherweight.catalogue import entry
 from featherweight.core.fit import fit
+from featherweight.core.forms import attach
 from featherweight.core.ledger import recording
 from featherweight.core.shares import POINTS
+from featherweight.ingredients.grid.dorefa import DoReFaGradient
 
 
 def table(model: nn.Module, task: fw.Task, step, **options):
@@ -69,10 +71,16 @@ def test_terms_that_come_later_or_have_no_gradient_and_layers_that_share_nothing
     assert found["points"][-1]["shares"][2] > 0
 
 
-def test_looking_changes_nothing():
+@pytest.mark.parametrize("rounded", [False, True])
+def test_looking_changes_nothing(rounded):
+    """Not even where gradients are rounded at random."""
     task, students = small_task(teacher=small_cnn().eval()), [small_mlp()]
+    if rounded:
+        attach(students[0][1], DoReFaGradient(3), "grad")
     students.append(copy.deepcopy(students[0]))
+    torch.manual_seed(1)
     entry("kd")(students[0], task, epochs=2)
+    torch.manual_seed(1)
     with recording() as ledger:
         entry("kd")(students[1], task, epochs=2)
     assert all(torch.equal(a, b) for a, b in zip(students[0].parameters(), students[1].parameters(), strict=True))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import independent_reader
 from featherweight.coding.bits import Ints, Reader, entropy_bits
 from featherweight.coding.coders.unlabeled_graph import unlabeled_graph, unlabeled_graph_decode
-from featherweight.coding.multiset_kernels import HIGH, _sums
+from featherweight.coding.multiset_kernels import HIGH, MOST, OLDEST, _count, _sums
 from featherweight.errors import FormatError
 
 
@@ -95,6 +95,18 @@ def test_counts_are_as_likely_as_a_beta_binomial_says(rows: int, zeros: int, one
         exact.append(float(chance))
     assert sum(exact) == pytest.approx(1)
     assert np.allclose(np.diff(sums) / sums[-1], exact, atol=8 / HIGH, rtol=1e-4)
+
+
+def test_counts_are_halved_before_they_are_too_large_for_the_arithmetic() -> None:
+    counts = np.array([[OLDEST - 5, 3], [4, 0]], dtype=np.int64)
+    _count(counts, 0, 1, 0)
+    assert counts[:, 0].tolist() == [OLDEST - 4, 4]
+    _count(counts, 0, 1, 0)
+    assert counts[:, 0].tolist() == [(OLDEST - 3) >> 1, 2]
+    sums = np.zeros(MOST + 2, dtype=np.int64)
+    _sums(sums, MOST, OLDEST // 2, OLDEST // 2)
+    assert (np.diff(sums) > 0).all()
+    assert int(np.diff(sums).max()) <= HIGH
 
 
 def test_without_compiled_kernels_the_bytes_are_the_same() -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from featherweight.core import ledger, tracking
+from featherweight.core.draws import undrawn
 
 POINTS = 32  # about so many measurements of one training, however long it is
 
@@ -43,10 +44,11 @@ class Shares:
         if index < len(self.points) * self.total / POINTS:
             return
         terms = {name: term for name, term in terms.items() if term.requires_grad}
-        if self.place is None:
-            self.place = _shared(terms, self.names)
-        params = [self.names[self.place]] if self.place else [*self.names.values()]
-        norms = {name: _norm(term, params) for name, term in terms.items()}
+        with undrawn():  # gradients on grids are rounded at random
+            if self.place is None:
+                self.place = _shared(terms, self.names)
+            params = [self.names[self.place]] if self.place else [*self.names.values()]
+            norms = {name: _norm(term, params) for name, term in terms.items()}
         whole = sum(norms.values())
         if not 0 < whole < math.inf:
             return
