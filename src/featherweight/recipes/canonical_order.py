@@ -15,13 +15,18 @@ a sorted one.
 from __future__ import annotations
 
 import copy
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from featherweight.allowed import Whole
 from featherweight.catalogue import recipe
+from featherweight.coding.container import save
 from featherweight.coding.packing import pack_tensor
 from featherweight.core.channels import Channels, channel_groups
 from featherweight.core.forms import bake, codes_of
@@ -40,14 +45,16 @@ LEAST = 1e-9  # by how much a path has to become shorter
     paper="Basu and Varshney, DCC 2017, arXiv:1804.02800",
     family="code",
     coder="context_mixing",
-    small={"where": "*"},
+    small={"tries": 2},
 )
-def canonical_order(model: nn.Module, task: Task, *, where: WhereWeighted = None) -> nn.Module:
+def canonical_order(model: nn.Module, task: Task, *, tries: Whole = 0, where: WhereWeighted = None) -> nn.Module:
     """Puts hidden units that are alike beside each other; the network computes what it did, in fewer bytes.
 
     Run it after pruning and quantization to one grid, but before `trellis`: its paths follow the order of weights.
 
     Args:
+        tries: further orders to try, each one unit or some of a layer moved at random, and kept unless the bare file
+            grows: worth it where each byte counts and a file is written fast.
         where: whose units; those of all linear and convolution layers when left out.
 
     Raises:
@@ -57,7 +64,8 @@ def canonical_order(model: nn.Module, task: Task, *, where: WhereWeighted = None
     """
     before = copy.deepcopy(bake(model))
     channels = channel_groups(model, task.inputs())
-    for one in chosen(exchanges(model, channels), model, where):
+    found = chosen(exchanges(model, channels), model, where)
+    for one in found:
         units = likeness(model, channels, one)
         distance = torch.cdist(units, units, p=1).numpy()
         reorder(model, channels, one.members, torch.from_numpy(shortest(distance, int(units.abs().sum(1).argmax()))))
@@ -65,7 +73,45 @@ def canonical_order(model: nn.Module, task: Task, *, where: WhereWeighted = None
     if new > old:
         raise CompressionError(f"the file would grow ({old} -> {new} bytes): run canonical_order before quantization")
     note(f"weights on grids: {old} -> {new} bytes" if old else "no weight is on a grid yet: what quantizes them gains")
+    if tries:
+        first, last = climb(model, channels, found, tries)
+        note(f"{tries} further orders were tried: {first} -> {last} bytes as a bare file")
     return model
+
+
+def climb(model: nn.Module, channels: Channels, found: Sequence[Exchange], tries: int) -> tuple[int, int]:
+    """Random changes of the order, each kept unless the bare file grows; its bytes before and after."""
+    first = last = bare_bytes(model)
+    for _ in range(tries):
+        one = found[int(torch.randint(len(found), ()))]
+        order = changed(len(one.members))
+        reorder(model, channels, one.members, order)
+        size = bare_bytes(model)
+        if size > last:
+            reorder(model, channels, one.members, order.argsort())
+        last = min(size, last)
+    return first, last
+
+
+def changed(count: int) -> Tensor:
+    """An order of so many units in which two have changed places, one has moved, or some stand the other way round."""
+    order = list(range(count))
+    i, j = torch.randperm(count)[:2].tolist()
+    kind = int(torch.randint(3, ()))
+    if kind == 0:
+        order[i], order[j] = order[j], order[i]
+    elif kind == 1:
+        order.insert(j, order.pop(i))
+    else:
+        part = slice(min(i, j), max(i, j) + 1)
+        order[part] = order[part][::-1]
+    return torch.tensor(order)
+
+
+def bare_bytes(model: nn.Module) -> int:
+    """The size of the smallest file of a model."""
+    with tempfile.TemporaryDirectory() as folder:
+        return save(model, Path(folder) / "order.fw", coder="context_mixing", bare=True).bytes
 
 
 def written(model: nn.Module) -> int:
