@@ -64,13 +64,13 @@ class Reader:
     """
 
     def __init__(self, data: bytes | memoryview, allowance: int | Allowance, wanted: Wanted = ALL) -> None:
-        self.data, self.position = memoryview(data), 0
+        self.data, self.position, self.end = memoryview(data), 0, len(data)
         self.allowance = allowance if isinstance(allowance, Allowance) else Allowance(allowance)
         self.wanted, self.weigh, self.coded, self.spare = wanted, wanted.weigh, 0, 0.0
 
     @property
     def left(self) -> int:
-        return len(self.data) - self.position
+        return self.end - self.position
 
     def take(self, count: int) -> bytes:
         """The next `count` bytes.
@@ -103,7 +103,7 @@ class Reader:
         return self.take(count)
 
     def byte(self) -> int:
-        if self.position >= len(self.data):
+        if self.position >= self.end:
             self.take(1)
         self.position += 1
         return self.data[self.position - 1]
@@ -114,7 +114,7 @@ class Reader:
         Raises:
             FormatError: it is longer.
         """
-        if self.position < len(self.data) and self.data[self.position] < 0x80:
+        if self.position < self.end and self.data[self.position] < 0x80:
             self.position += 1
             return self.data[self.position - 1]
         value = 0

@@ -399,8 +399,9 @@ def mask_of(module: nn.Module, name: str = "weight") -> Tensor | None:
 
 def _lists(module: nn.Module) -> dict[str, Any]:
     """The forms of a module by tensor name; weight_norm, spectral_norm and others are none of ours."""
-    held: Any = module.parametrizations if parametrize.is_parametrized(module) else {}
-    return {name: chain for name, chain in held.items() if isinstance(chain[0], Stack)}
+    held = module._modules.get("parametrizations")  # what `is_parametrized` asks, without a detour by exceptions
+    chains: dict[str, Any] = dict(held.items()) if isinstance(held, nn.ModuleDict) else {}
+    return {name: chain for name, chain in chains.items() if isinstance(chain[0], Stack)}
 
 
 def foreign(module: nn.Module, name: str = "weight") -> str:
