@@ -73,14 +73,12 @@ def curvatures(
         loss = finite(task.loss(output, target))
         found = [(path, x, y) for path, layer in layers.items() for x, y in seen[layer]]
         vectors = tilted(output, draws) if task.loss is cross_entropy else columns_of(loss, output, target)
-        for number, vector in enumerate(vectors):
-            grads = torch.autograd.grad(output, [y for *_, y in found], vector, retain_graph=True, allow_unused=True)
-            for (path, x, _), grad in zip(found, grads, strict=True):
-                total = sums.setdefault(path, _Sums(layers[path]))
-                if grad is not None:
-                    total.add(x, grad)
-                if number == 0:
-                    total.plain += second_moments(layers[path], x)
+        ends = [y for *_, y in found]
+        grads = [torch.autograd.grad(output, ends, one, retain_graph=True, allow_unused=True) for one in vectors]
+        for (path, x, y), *back in zip(found, *grads, strict=True):
+            total = sums.setdefault(path, _Sums(layers[path]))
+            total.add(x, [torch.zeros_like(y) if grad is None else grad for grad in back])
+            total.plain += second_moments(layers[path], x)
         samples += len(output)
     return {path: total.curvature(plain, samples) for path, total in sums.items()}
 
@@ -94,8 +92,9 @@ class _Sums:
         self.plain = torch.zeros(self.groups, size, size, dtype=torch.float64)
         self.rows = torch.zeros(len(weight), dtype=torch.float64)
 
-    def add(self, x: Tensor, grad: Tensor) -> None:
-        for part, back in chunks(self.layer, x, grad):
+    def add(self, x: Tensor, grads: list[Tensor]) -> None:
+        """The squares of what is pulled back from several vectors, as if a layer had so many times the outputs."""
+        for part, back in chunks(self.layer, x, *grads):
             if part.shape[3] < back.shape[2]:  # few positions: V' V = x (g g') x'
                 core = back.mT @ back
                 flat = (part @ core).permute(1, 2, 0, 3).flatten(2) @ part.permute(1, 0, 3, 2).flatten(1, 2)
@@ -105,7 +104,7 @@ class _Sums:
                 rows, stacked = each.square().sum(3), each.transpose(0, 1).flatten(1, 2)
                 flat = stacked.mT @ stacked
             self.fisher += flat.double().cpu()
-            self.rows += rows.sum(0).flatten().double().cpu()
+            self.rows += rows.sum(0).unflatten(1, (len(grads), -1)).sum(1).flatten().double().cpu()
 
     def curvature(self, plain: float, samples: int) -> Curvature:
         """Factors whose product has the trace of the whole, in each group."""
@@ -123,7 +122,7 @@ def trace(matrices: Tensor) -> Tensor:
 def second_moments(layer: nn.Module, x: Tensor) -> Tensor:
     """The sum of `x x'` over samples and some positions, (groups, columns + 1, columns + 1), float64."""
     total: Tensor | float = 0.0
-    for part, _ in chunks(layer, x, None, PLACES):
+    for part, _ in chunks(layer, x, places=PLACES):
         flat = part.permute(1, 2, 0, 3).flatten(2)
         total = total + (flat @ flat.mT).double().cpu()
     assert isinstance(total, Tensor)
@@ -138,7 +137,7 @@ def joint_moments(layer: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
     xx: Tensor | float = 0.0
     yx: Tensor | float = 0.0
     rows = 0
-    for part, out in chunks(layer, x, y, PLACES):
+    for part, out in chunks(layer, x, y, places=PLACES):
         columns = part.permute(1, 2, 0, 3).flatten(2)
         xx = xx + (columns @ columns.mT).double().cpu()
         yx = yx + (out.permute(1, 2, 0, 3).flatten(2) @ columns.mT).double().cpu()
@@ -148,13 +147,11 @@ def joint_moments(layer: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tenso
     return xx / rows, yx / rows
 
 
-def chunks(
-    layer: nn.Module, x: Tensor, output: Tensor | None, places: int | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
+def chunks(layer: nn.Module, x: Tensor, *outputs: Tensor, places: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Columns (samples, groups, columns + 1, positions), outputs (samples, groups, outputs, positions), some at once.
 
     Args:
-        output: what the layer put out, or a gradient by it; not asked for if None.
+        outputs: what the layer put out, or gradients by it; those of several stand one behind the other in each group.
         places: at most so many positions of a sample, drawn once, the same for all samples; all of them if None.
     """
     groups = int(getattr(layer, "groups", 1))
@@ -162,22 +159,22 @@ def chunks(
         x = x[None] if x.dim() == 1 else x
         flat = x.reshape(len(x), -1, x.shape[-1]).mT
         index = torch.arange(flat.shape[2], device=x.device)[:, None]
-        y = None if output is None else output.reshape(len(x), -1, output.shape[-1]).mT
+        ys = [one.reshape(len(x), -1, one.shape[-1]).mT for one in outputs]
     else:
         x = batched(layer, x)
         size = _output_size(layer, x)
         flat, index = patch_index(layer, x, size)
-        y = None if output is None else batched(layer, output).flatten(2)
+        ys = [batched(layer, one).flatten(2) for one in outputs]
     if places is not None and places < len(index):
         drawn = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))[:places].sort().values
-        index, y = index[drawn.to(x.device)], None if y is None else y[:, :, drawn.to(x.device)]
+        index, ys = index[drawn.to(x.device)], [y[:, :, drawn.to(x.device)] for y in ys]
     per = max(1, CHUNK // (flat.shape[1] * index.numel() + 1))
     for start in range(0, len(flat), per):
         part = flat[start : start + per]
         columns = part[:, :, index.T].unflatten(1, (groups, -1)).flatten(2, 3)
         ones = columns.new_ones(len(part), groups, 1, columns.shape[3])
-        out = columns if y is None else y[start : start + per].unflatten(1, (groups, -1))
-        yield torch.cat([columns, ones], 2).float(), out.float()
+        out = [y[start : start + per].unflatten(1, (groups, -1)) for y in ys]
+        yield torch.cat([columns, ones], 2).float(), torch.cat(out, 2).float() if out else columns
 
 
 def _output_size(layer: nn.Module, x: Tensor) -> torch.Size:

@@ -34,7 +34,7 @@ def rdoq(
     task: Task,
     *,
     loss: Positive = 0.003,
-    rate: Annotated[float, Ge(0)] = 0.6,
+    rate: Annotated[float, Ge(0)] = 1.0,
     calibration_batches: Count = 8,
     where: WhereWeighted = None,
 ) -> nn.Module:

@@ -79,7 +79,7 @@ def trellis(
     *,
     loss: Positive = 0.003,
     states: Literal[4, 8] = 8,
-    rate: NonNegative = 0.6,
+    rate: NonNegative = 1.0,
     calibration_batches: Count = 8,
     where: WhereWeighted = None,
 ) -> nn.Module:
