@@ -3,15 +3,16 @@
     python -m venv nnc && nnc/bin/pip install nncodec==2.1.3 "numpy<2" torch safetensors
     python benchmarks/nncodec_beside.py --nncodec nnc/bin/python [NAME ...]
 
-writes `results/nncodec_beside.json`, and goes on where it stopped. A row is a file: its bytes, the mean divergence of its
-outputs from the float network's on held-out inputs (the test images; for EfficientNet-Lite0 crops of photographs that
-nothing was calibrated on), accuracy there (for photographs: how often the first class is that of the float network).
+writes `results/nncodec_beside.json`, and goes on where it stopped; `--decode` times decoding. A row is a file: its
+bytes, the mean divergence of its outputs from the float network's on held-out inputs (the test images; for
+EfficientNet-Lite0 crops of photographs that nothing was calibrated on), and accuracy there (for photographs: how often
+the first class is that of the float network).
 
 NNCodec codes with dependent quantization at several steps (`qp`), each in four ways: its defaults, its own choice of a
-step for every tensor (`opt_qp`), the same with biases and norms on a coarser grid, and this with batch norms folded by us
-before. At each divergence its best way counts. Counters of batches, which it cannot hold, are not given to it. Ours is
-`trellis` and the coder of context mixing, a bare file, structure included. Ratios stand at the divergence of each of our
-files, where NNCodec's bytes are interpolated, straight between logarithms; beyond its range there is none.
+step for every tensor (`opt_qp`), the same with biases and norms on a coarser grid, and this with batch norms folded by
+us before. At each divergence its best way counts. Counters of batches, which it cannot hold, are not given to it. Ours
+is `trellis` and the coder of context mixing, a bare file, structure included. Ratios stand at the divergence of each of
+our files, where NNCodec's bytes are interpolated, straight between logarithms; beyond its range there is none.
 
 Lossless: the very integers that NNCodec coded, tensor by tensor, with our coder. Decoding: the whole file, tensors in
 memory, one thread, fastest of interleaved rounds; ours with the strongest coder and with the fast one.

@@ -165,6 +165,33 @@ def speed() -> list[str]:
     return table(keys, [[f"{row[k]:.3g}" if isinstance(row[k], float) else row[k] for k in keys] for row in rows])
 
 
+def beside_nncodec() -> list[str]:
+    """Our files beside NNCodec's at equal divergence; its integers with our coder; decoding."""
+    found = json.loads((RESULTS / "nncodec_beside.json").read_text())
+    rows = [
+        [
+            one["network"],
+            f"{one['KL']:.4f}",
+            f"{100 * one['accuracy']:.2f}",
+            f"{one['bytes']:,}",
+            "-" if one["ratio"] is None else f"{one['NNCodec at this KL']:,}",
+            "-" if one["ratio"] is None else f"{one['ratio']:.3f}",
+        ]
+        for one in found["compared"]
+    ]
+    lines = table(["network", "mean KL", "accuracy, %", "our file", "NNCodec at this KL", "ours / its"], rows)
+    names = list(dict.fromkeys(one["network"] for one in found["rows"]))
+    other = [one for one in found["rows"] if one["who"] != "ours"]
+    integers = [
+        [one["integers, ours"] / one["integers, NNCodec"] for one in other if one["network"] == name] for name in names
+    ]
+    told = [[name, f"{min(each):.3f} .. {max(each):.3f}"] for name, each in zip(names, integers, strict=True) if each]
+    lines += ["", *table(["network", "the integers that NNCodec coded: our bytes / its, over all settings"], told)]
+    keys = ("NNCodec", "ours", "ours, fast")
+    times = [[one["network"], *(f"{1e3 * one[f'seconds, {key}']:.1f}" for key in keys)] for one in found["decoding"]]
+    return lines + (["", *table(["network", *(f"ms to decode, {key}" for key in keys)], times)] if times else [])
+
+
 def quantization(page: str) -> str:
     """The page about quantization with its tables as they are now."""
     rows = []
@@ -173,7 +200,13 @@ def quantization(page: str) -> str:
             needs, shrinks = (", ".join(sorted(found)) or "-" for found in (entry.needs, entry.shrinks))
             rows.append([f"`{entry.id}`", entry.family, entry.kind, needs, shrinks, measured(entry.id), entry.doc])
     head = ["id", "family", "kind", "needs", "makes smaller", "measured", "what it does"]
-    parts = {"formats": formats(), "executors": executors(), "speed": speed(), "table": table(head, rows)}
+    parts = {
+        "formats": formats(),
+        "executors": executors(),
+        "speed": speed(),
+        "nncodec": beside_nncodec(),
+        "table": table(head, rows),
+    }
     return filled(page, parts)
 
 

@@ -51,6 +51,7 @@ from featherweight.recipe_model import check_settings
 Step = str | tuple[str, Mapping[str, Any]] | Callable[..., nn.Module]
 
 AIMED_AT = ("macs", "params", "latency")  # what methods with a budget of their own can reach by themselves
+WEIGHED = ("size", "drop")  # what methods that choose how much they lose can reach: the option `within`
 ONNX_GAP = 0.02  # of the metric, by which an exported file may differ from its module
 TRAINS_A_STUDENT = "kd"  # the chain, where a student is given and no method
 LATENCY_SECONDS = 2.0  # for each pair that is timed; half of it for the profile of layers and for their sensitivity
@@ -405,7 +406,8 @@ class _Session:
         before = fingerprint(candidate)
         with ledger.recording() as remarks:
             task = self._taught(entry, options)
-            candidate = entry(candidate, task, **{**self._budgeted(entry, options), **options})
+            with measuring.weighing(lambda one: self._save(one, self.scratch / "weighed.fw", 0.0).bytes):
+                candidate = entry(candidate, task, **{**self._budgeted(entry, options), **options})
             if not isinstance(candidate, nn.Module):
                 raise CompressionError(f"{entry.id} returned a {type(candidate).__name__}: a method returns the model")
             candidate.eval()
@@ -459,12 +461,17 @@ class _Session:
     def _budgeted(self, entry: Entry, options: Mapping[str, Any]) -> dict[str, Any]:
         """The budget of the whole run, for a method that can aim at one and was told nothing else to aim at."""
         taken = {option.name for option in entry.options()}
-        aims = [limit.text for limit in self.limits if limit.quantity in AIMED_AT]
-        if "budget" not in taken or not aims or options.keys() & {"budget", "prune_ratio", "sparsity"}:
+        if "within" in taken:
+            aims = [limit for limit in self.limits if limit.quantity in WEIGHED]
+            units = {"size": "B", "drop": "pt"}
+            texts = [f"{one.quantity}<={one.allowed(self.base):.12g}{units[one.quantity]}" for one in aims]
+            return {"within": ", ".join(texts)} if texts and not options.keys() & {"within", "loss"} else {}
+        told = [limit.text for limit in self.limits if limit.quantity in AIMED_AT]
+        if "budget" not in taken or not told or options.keys() & {"budget", "prune_ratio", "sparsity"}:
             return {}
         if "grain" in taken and (options.get("grain") or entry.defaults.get("grain")) != "filter":
             return {}
-        return {"budget": ", ".join(aims)}
+        return {"budget": ", ".join(told)}
 
     def _broken(self, reached: Mapping[str, float], after: Score) -> str:
         """Which guard does not hold, or an empty string."""

@@ -15,6 +15,8 @@ from conftest import small_cnn, small_task
 from featherweight.coding import pack_tensor
 from featherweight.core.divergence import divergence
 from featherweight.core.forms import bake, codes_of
+from featherweight.core.ledger import recording
+from featherweight.core.task import evaluate
 from featherweight.core.trellis import NEXT, Metric, best_path, quantized
 from featherweight.errors import BadOption
 from featherweight.recipes.rdoq import rdoq
@@ -224,3 +226,28 @@ def test_groups_sequences_and_layers_without_columns(tmp_path: Path) -> None:
     assert all(codes_of(layer) is not None for layer in one if hasattr(layer, "weight"))
     with pytest.raises(BadOption, match="choose a larger one"):
         trellis(copy.deepcopy(model), task, loss=1e-18, calibration_batches=1)
+
+
+def test_a_budget_of_bytes_is_kept_and_used_and_one_out_of_reach_is_told(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 4)).eval()
+    task = small_task()
+    result = fw.compress(model, task, "trellis", calibration_batches=2, until="size<=3500B", onnx=False, measure=False)
+    result.save(tmp_path / "run")
+    assert 0.9 * 3500 < (tmp_path / "run" / "model.fw").stat().st_size <= 3500
+    one = bake(trellis(copy.deepcopy(model), task, calibration_batches=1, within="size<=0.05x"))
+    assert 0.9 < on_disk(one, tmp_path / "b.fw") / (0.05 * 4 * (64 * 96 + 96 * 5 + 4)) <= 1
+    with recording() as remarks:
+        trellis(copy.deepcopy(model), task, calibration_batches=1, within="size<=20B")
+    assert any("out of reach" in text for text in remarks.notes)
+    with pytest.raises(BadOption, match="choose one of"):
+        trellis(copy.deepcopy(model), task, within="macs<=3")
+
+
+def test_a_budget_of_points_is_kept(trained: tuple[nn.Module, fw.Task]) -> None:
+    original, task = trained
+    one = bake(trellis(copy.deepcopy(original), task, calibration_batches=2, within="drop<=10pt")).eval()
+    lost = 100 * (evaluate(original, task).value - evaluate(one, task).value)
+    assert lost <= 10
+    least = bake(trellis(copy.deepcopy(original), task, calibration_batches=2, loss=0.003))
+    assert codes_of(one[8]).rule.scale.min() > codes_of(least[8]).rule.scale.min()

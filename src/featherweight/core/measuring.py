@@ -1,6 +1,7 @@
-"""What methods may ask to be timed: whoever stands above the core says how, methods only ask.
+"""What methods may ask to be timed, or weighed: whoever stands above the core says how, methods only ask.
 
-`compress` times with ONNX Runtime. In a plain call of a method nothing is timed, and methods that need it say so.
+`compress` times with ONNX Runtime, and weighs the file that it would write. In a plain call of a method nothing is
+timed, and methods that need it say so.
 """
 
 from __future__ import annotations
@@ -56,6 +57,24 @@ def latency(original: nn.Module, result: nn.Module, example_inputs: Any) -> Time
     if stopwatch is None:
         raise MissingNeed("this method times networks: run it by compress, or inside core.measuring.timing(stopwatch)")
     return processes.main_only(lambda: stopwatch(original, result, example_inputs))
+
+
+_scales: ContextVar[Callable[[nn.Module], int] | None] = ContextVar("scales", default=None)
+
+
+@contextmanager
+def weighing(scales: Callable[[nn.Module], int]) -> Iterator[None]:
+    """Tells methods inside the block how many bytes the file of a network takes."""
+    token = _scales.set(scales)
+    try:
+        yield
+    finally:
+        _scales.reset(token)
+
+
+def weight(model: nn.Module, otherwise: Callable[[nn.Module], int]) -> int:
+    """The bytes of a network's file, as whoever runs the method counts them, or as the method does otherwise."""
+    return processes.main_only(lambda: (_scales.get() or otherwise)(model))
 
 
 def interleaved(

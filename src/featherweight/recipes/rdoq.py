@@ -19,7 +19,7 @@ from featherweight.allowed import Count, Positive
 from featherweight.catalogue import recipe
 from featherweight.core.surgery import WhereWeighted
 from featherweight.core.task import Task
-from featherweight.recipes.trellis import rounded
+from featherweight.recipes.trellis import aimed, rounded
 
 
 @recipe(
@@ -34,6 +34,7 @@ def rdoq(
     task: Task,
     *,
     loss: Positive = 0.003,
+    within: str | None = None,
     rate: Annotated[float, Ge(0)] = 1.0,
     calibration_batches: Count = 8,
     where: WhereWeighted = None,
@@ -42,6 +43,7 @@ def rdoq(
 
     Args:
         loss: by how much the mean loss may grow, foretold from its curvature; a smaller file for a larger one.
+        within: in place of a loss, a budget such as "size<=40kB" or "drop<=0.5pt", as in `trellis`.
         rate: how much a bit counts, 1 for the slope of the rate-distortion curve; 0 for the nearest integer.
         calibration_batches: how many batches of the calibration (or training) data to look at.
         where: which layers; all linear and convolution layers when left out.
@@ -51,4 +53,8 @@ def rdoq(
         BadData: weights are not finite.
         CompressionError: every chosen layer is zero.
     """
-    return rounded(model, task, loss, states=1, rate=rate, batches=calibration_batches, where=where)
+
+    def at(one: nn.Module, much: float) -> nn.Module:
+        return rounded(one, task, much, states=1, rate=rate, batches=calibration_batches, where=where)
+
+    return at(model, loss) if within is None else aimed(model, task, within, at)

@@ -34,7 +34,10 @@ from __future__ import annotations
 
 import copy
 import math
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal, final
 
 import numpy as np
@@ -44,16 +47,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from featherweight.allowed import Count, Positive
+from featherweight.budget import parse
 from featherweight.catalogue import recipe
+from featherweight.coding.container import save
 from featherweight.core.curvature import ggn_diagonal, some_batches
 from featherweight.core.fold import NORMS, fold_batchnorm
 from featherweight.core.forms import along, attach, bake, has_forms
 from featherweight.core.layer_error import Curvature, curvatures, joint_moments, no_columns
-from featherweight.core.ledger import note, skip
+from featherweight.core.ledger import Ledger, note, recording, skip
 from featherweight.core.levels import LARGEST, FixedGrid, not_zero
+from featherweight.core.measuring import weight
 from featherweight.core.site import Site, per_layer
 from featherweight.core.surgery import WhereWeighted
-from featherweight.core.task import Task, cross_entropy
+from featherweight.core.task import Task, cross_entropy, drop, evaluate
 from featherweight.core.trellis import Floats, Ints, Metric, quantized
 from featherweight.core.walk import beside, joined, plain
 from featherweight.errors import BadOption, TraceError
@@ -62,6 +68,7 @@ KAPPA = {1: 1 / 12, 4: 0.28, 8: 0.27}  # about the mean squared error in squares
 WIDER = 1.6  # than the step of the formula
 DRAWS = 2  # classes of each sample for the curvature
 ALIKE = 0.5  # share of the curvature that counts all samples alike
+APART, OUTWARD, CLOSER, MOST = 8.0, 5, 5, 3.0  # the search: factor, steps outward and inward, the largest loss
 DAMPING = 0.01  # of the mean diagonal of moments, added to it
 NonNegative = Annotated[float, Ge(0)]
 
@@ -78,6 +85,7 @@ def trellis(
     task: Task,
     *,
     loss: Positive = 0.003,
+    within: str | None = None,
     states: Literal[4, 8] = 8,
     rate: NonNegative = 1.0,
     calibration_batches: Count = 8,
@@ -87,6 +95,10 @@ def trellis(
 
     Args:
         loss: by how much the mean loss may grow, foretold from its curvature; a smaller file for a larger one.
+        within: in place of a loss: the least one whose file is small enough, such as "size<=40kB", or the largest one
+            with which the metric on the validation data falls by no more, such as "drop<=0.5pt". `compress` says so of
+            its own budget. Sizes are those of the file that it writes, in a plain call those of a bare file with
+            context mixing.
         states: of the trellis.
         rate: how much a bit counts, 1 for the slope of the rate-distortion curve; 0 for the nearest path.
         calibration_batches: how many batches of the calibration (or training) data to look at.
@@ -97,7 +109,87 @@ def trellis(
         BadData: weights are not finite.
         CompressionError: every chosen layer is zero.
     """
-    return rounded(model, task, loss, states=states, rate=rate, batches=calibration_batches, where=where)
+
+    def at(one: nn.Module, much: float) -> nn.Module:
+        return rounded(one, task, much, states=states, rate=rate, batches=calibration_batches, where=where)
+
+    return at(model, loss) if within is None else aimed(model, task, within, at)
+
+
+def aimed(model: nn.Module, task: Task, within: str, at: Callable[[nn.Module, float], nn.Module]) -> nn.Module:
+    """The network at the loss with which a budget just holds; if none does, the nearest, and what binds is noted.
+
+    Bytes and points are about straight lines over the logarithm of the loss: between a loss that is too small and one
+    that is too large, the next one is on that line.
+
+    Raises:
+        BadOption: the budget is of something else than the size or the drop, or of both.
+    """
+    limits = parse(within)
+    if len(limits) != 1 or limits[0].quantity not in ("size", "drop"):
+        raise BadOption(
+            f'within={within!r}: choose one of a size, such as "size<=40kB", and a drop, such as "drop<=0.5pt"'
+        )
+    limit, before = limits[0], evaluate(model, task)
+    whole = {"size": float(sum(value.numel() * value.element_size() for value in model.state_dict().values()))}
+    allowed = limit.allowed(whole)
+    falling = limit.quantity == "size"  # the file shrinks with the loss, the drop grows
+    tried: dict[float, tuple[float, nn.Module]] = {}
+    remarks: dict[float, Ledger] = {}
+
+    def reach(much: float) -> float:
+        with recording() as remarks[much]:
+            one = at(copy.deepcopy(model), much)
+        ready = bake(copy.deepcopy(one)).eval()
+        got = float(weight(ready, bare_bytes)) if falling else 100 * drop(before, evaluate(ready, task))
+        tried[much] = got, one
+        note(f"{limit.quantity} at loss={much:.3g}: {got:.6g}")
+        return got
+
+    low, high = bracket(reach, allowed, falling)
+    for _ in range(CLOSER if low is not None and high is not None else 0):
+        assert low is not None
+        assert high is not None
+        if falling and 0.97 * allowed <= tried[high][0] <= allowed:
+            break
+        part = 0.5
+        if falling:
+            part = math.log(tried[low][0] / allowed) / max(math.log(tried[low][0] / tried[high][0]), 1e-9)
+        much = math.exp(math.log(low) + min(max(part, 0.1), 0.9) * math.log(high / low))
+        small = reach(much) <= allowed
+        low, high = (low, much) if small == falling else (much, high)
+    holding = [much for much, one in tried.items() if one[0] <= allowed]
+    if holding:
+        chosen = min(holding) if falling else max(holding)
+    else:
+        chosen = min(tried, key=lambda much: tried[much][0])
+        losses = f"losses of {min(tried):.3g} to {max(tried):.3g}"
+        note(f"{limit.text} is out of reach of rounding alone: at {losses} the nearest is {tried[chosen][0]:.6g}")
+    for told in remarks[chosen].notes:
+        note(told)
+    for path, why in remarks[chosen].skipped.items():
+        skip(path, why)
+    return tried[chosen][1]
+
+
+def bracket(reach: Callable[[float], float], allowed: float, falling: bool) -> tuple[float | None, float | None]:
+    """Two losses of which one side is too small and the other too large, a factor apart; None where there is no end."""
+    much = 0.003
+    first = (reach(much) <= allowed) == falling  # too large a loss already
+    for _ in range(OUTWARD):
+        other = much / APART if first else much * APART
+        if other > MOST:
+            break
+        if ((reach(other) <= allowed) == falling) != first:
+            return (other, much) if first else (much, other)
+        much = other
+    return (None, much) if first else (much, None)
+
+
+def bare_bytes(model: nn.Module) -> int:
+    """The bytes of a bare file with context mixing."""
+    with tempfile.TemporaryDirectory() as folder:
+        return int(save(model, Path(folder) / "weighed.fw", coder="context_mixing", bare=True).bytes)
 
 
 def rounded(
