@@ -65,10 +65,10 @@ class Row:
 
 
 LENET5 = {
-    "lenet5_3030": Row("lenet5", (8, 16, 32), 3030, 0.69, 100, "Havasi et al. 2019 (MIRACLE)"),
-    "lenet5_1520": Row("lenet5", (6, 12, 24), 1520, 0.96, 100, "Havasi et al. 2019 (MIRACLE)"),
-    "lenet5_860": Row("lenet5", (5, 10, 20), 860, 0.80, 100, "goal: 2,000 times smaller"),
-    "lenet5_430": Row("lenet5", (4, 8, 16), 430, 1.00, 100, "goal: 4,000 times smaller"),
+    "lenet5_3030": Row("lenet5", (8, 16, 32), 3030, 0.69, 60, "Havasi et al. 2019 (MIRACLE)"),
+    "lenet5_1520": Row("lenet5", (6, 12, 24), 1520, 0.96, 65, "Havasi et al. 2019 (MIRACLE)"),
+    "lenet5_860": Row("lenet5", (6, 12, 24), 860, 0.80, 60, "goal: 2,000 times smaller"),
+    "lenet5_430": Row("lenet5", (5, 10, 20), 430, 1.00, 60, "goal: 4,000 times smaller"),
 }
 LENET300 = {
     "lenet300_8560": Row("lenet300", (300, 100), 8560, 1.9, 20, "published", deformed=0.0),

@@ -58,8 +58,10 @@ from featherweight.errors import CompressionError
 EVERY = 8  # steps after which the means, and with them what a step costs, are taken anew
 LOOKS = 80  # how often in a training the file is written to see its size
 LEAN = 2.0  # how many entries like the mean of all the mean of a row or a column begins with
-STAY = 0.2  # share of the training in which learning rates stay, and in which the size falls by a factor of e
-SPARE = 0.985  # of the size that was asked for is what training aims at
+STAY = 0.2  # share of the training in which learning rates stay
+FASTEST = 0.1  # share of the training in which what is far above the size wanted falls by a factor of e
+ABOVE = 0.8  # by how much of the size wanted a file may be above it at the start: at one price it falls about so
+SPARE = 0.99  # of the size that was asked for is what training aims at
 OF_VECTORS = 2.0  # bits for the first step of a bias
 Place = tuple[nn.Module, str]
 
@@ -242,8 +244,9 @@ class Goal:
         if self.wanted is None or progress < self.looked + 1 / LOOKS:
             return
         self.looked = progress
-        due = SPARE * self.wanted
-        due += max(self.start - due, 0) * math.exp(-progress / STAY)
+        goal = SPARE * self.wanted
+        far = max(self.start - (1 + ABOVE) * goal, 0) * math.exp(-progress / FASTEST)
+        due = goal * (1 + ABOVE * (1 - progress)) + far
         self.rate *= min(max((file_size(self.model) / due) ** 0.3, 0.8), 1.25)
 
     def reach(self) -> None:
