@@ -63,6 +63,15 @@ def test_any_symbols_come_back(values: list[int], size: int, widths: tuple[int, 
     assert np.array_equal(back(context_mixing(symbols, size, widths, zero), len(symbols), size), symbols)
 
 
+@pytest.mark.parametrize("widths", [(), (500,), (500, 25, 5)])
+def test_runs_and_lonely_symbols_come_back_in_next_to_nothing(widths: tuple[int, ...]) -> None:
+    at = np.arange(20_000)
+    for symbols, size, most in ((at * 0 + 7, 8, 32), ((at == 9999) * 65535, 65536, 45), (at // 5000 * 3, 10, 120)):
+        code = context_mixing(symbols, size, widths)
+        assert np.array_equal(back(code, len(symbols), size), symbols)
+        assert len(code) <= most
+
+
 @pytest.mark.parametrize("scale", [0.3, 2.0, 40.0])
 def test_where_there_is_nothing_to_learn_it_is_near_the_entropy(scale: float) -> None:
     symbols, size = drawn(100, 400, scale, 0.0)

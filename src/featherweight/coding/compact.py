@@ -19,11 +19,11 @@ from torch import Tensor
 from featherweight.coding.bits import ALL, Ints, Reader, Wanted, varint, zigzag
 from featherweight.coding.coders.context_mixing import (
     PACES,
-    SHORT,
     USUAL,
     fold_of,
     mean_of,
     nearest_level,
+    paces_for,
     shift_of,
     trellis_of,
 )
@@ -391,7 +391,7 @@ def _put_values(writer: Writer, whole: Ints, shape: Shape, vector: bool) -> None
     best: tuple[float, int] | None = None
     level = nearest_level(2 * mean / (1 << shift))
     kept = writer.kept()
-    for number in range(len(PACES)) if SHORTEST < len(values) <= SHORT else (USUAL,):
+    for number in paces_for(len(values), mean) if len(values) > SHORTEST else (USUAL,):
         writer.values(values, (width, kernel, line, trellis, shift, mean_of(level), PACES[number]))
         found = writer.length + (0 if number == USUAL else DEARER), number
         best = min(best, found) if best else found

@@ -69,14 +69,15 @@ STATES = np.array(
 )
 
 
-def _tables() -> tuple[Ints, Ints, Ints, Ints]:
+def _tables() -> tuple[Any, Any, Any, Any]:
     """Squash (index x + EDGE), its inverse, the weight of a new bit by age, what is added to a pace by use."""
     x = np.arange(1, 2 * EDGE + 2)
     knots, i, w = np.array([*LOWER, *((1 << 16) - k for k in LOWER[-2::-1])], dtype=np.int64), x >> 7, x & 127
     squash = (knots[i] * (128 - w) + knots[i + 1] * w) >> 7
     stretch = np.minimum(np.searchsorted(squash, np.arange(1 << 16), side="right"), 2 * EDGE) - EDGE
     rates = 655360 // (10 * np.arange(1024) + 16)
-    return squash, stretch.astype(np.int64), rates.astype(np.int64), 95200 // (700 + np.arange(MOST + 1))
+    haste = 95200 // (700 + np.arange(MOST + 1))
+    return squash.astype(np.int32), stretch.astype(np.int16), rates.astype(np.int32), haste.astype(np.int16)
 
 
 SQUASH, STRETCH, RATES, HASTE = _tables()
@@ -113,17 +114,18 @@ def _clamped(x: int, bound: int) -> int:
 @njit(cache=True)
 def _foretell(mixer: Any, bin: int, lift: int) -> int:
     """The chance of a one, of 2**16; contexts that are new start `lift` above their model's logit."""
-    said, one, other = mixer.said, mixer.place[MODELS] + bin, mixer.place[MODELS + 1] + bin
-    first, second = CERTAIN * mixer.weight[0, one, MODELS], CERTAIN * mixer.weight[1, other, MODELS]
+    said, place, cells = mixer.said, mixer.place, mixer.cells
+    one, other = mixer.weight[0, place[MODELS] + bin], mixer.weight[1, place[MODELS + 1] + bin]
     for j in range(MODELS):
-        k = mixer.place[j] + bin
-        if mixer.cells[j, k, 1] == 0:
-            mixer.cells[j, k, 0] = SQUASH[_clamped(mixer.start[j] + lift, 1536) + EDGE] << 6
-            mixer.cells[j, k, 1] = YOUNG
-        x = STRETCH[mixer.cells[j, k, 0] >> 6]
-        said[j] = x
-        first += x * mixer.weight[0, one, j]
-        second += x * mixer.weight[1, other, j]
+        cell = cells[j, place[j] + bin]
+        if cell[1] == 0:
+            cell[0] = SQUASH[_clamped(mixer.start[j] + lift, 1536) + EDGE] << 6
+            cell[1] = YOUNG
+        said[j] = STRETCH[cell[0] >> 6]
+    first = second = 0
+    for j in range(MODELS + 1):
+        first += said[j] * one[j]
+        second += said[j] * other[j]
     if bin == SIGN:
         for j in range(NEIGHBOURS):
             x = mixer.near[0, j] * mixer.near[1, j]
@@ -131,7 +133,8 @@ def _foretell(mixer: Any, bin: int, lift: int) -> int:
             second += x
     first, second = _clamped(first >> 16, EDGE), _clamped(second >> 16, EDGE)
     said[MODELS + 1], said[MODELS + 2] = first, second
-    return SQUASH[((first + second) >> 1) + EDGE]
+    chance: int = np.int64(SQUASH[((first + second) >> 1) + EDGE])  # type: ignore[assignment]
+    return chance
 
 
 @njit(cache=True)
@@ -141,15 +144,16 @@ def _learn(mixer: Any, bin: int, bit: int, pace: int) -> None:
     second = (((bit << 16) - SQUASH[said[MODELS + 2] + EDGE]) * (pace + HASTE[mixer.used[1, other]])) >> 4
     mixer.used[0, one] = min(mixer.used[0, one] + 1, MOST)
     mixer.used[1, other] = min(mixer.used[1, other] + 1, MOST)
+    weight, weights = mixer.weight[0, one], mixer.weight[1, other]
     for j in range(MODELS + 1):
-        x = said[j]
-        mixer.weight[0, one, j] = _clamped(mixer.weight[0, one, j] + ((x * first + (1 << 17)) >> 18), HEAVIEST)
-        mixer.weight[1, other, j] = _clamped(mixer.weight[1, other, j] + ((x * second + (1 << 17)) >> 18), HEAVIEST)
+        weight[j] = min(max(weight[j] + ((said[j] * first + (1 << 17)) >> 18), -HEAVIEST), HEAVIEST)
+    for j in range(MODELS + 1):
+        weights[j] = min(max(weights[j] + ((said[j] * second + (1 << 17)) >> 18), -HEAVIEST), HEAVIEST)
     for j in range(MODELS):
-        k = mixer.place[j] + bin
-        chance, age = np.int64(mixer.cells[j, k, 0]), mixer.cells[j, k, 1]
-        mixer.cells[j, k, 0] = min(max(chance + (((bit * FULL - chance) * RATES[age]) >> 16), 64), FULL - 64)
-        mixer.cells[j, k, 1] = min(age + 1, OLDEST)
+        cell = mixer.cells[j, mixer.place[j] + bin]
+        chance, age = np.int64(cell[0]), cell[1]
+        cell[0] = min(max(chance + (((bit * FULL - chance) * RATES[age]) >> 16), 64), FULL - 64)
+        cell[1] = min(age + 1, OLDEST)
     if bin == SIGN:
         both = (first + second) >> 1
         for j in range(NEIGHBOURS):

@@ -12,6 +12,7 @@ from featherweight.errors import FormatError
 
 PACES = (6, 12, 24, 48)  # how fast the weights of the mixer learn in the end
 USUAL = 1  # the pace of long streams
+MANY = 3  # mean magnitude from which they have a slower one
 GLANCE = 1 << 15  # symbols that are looked at to find kernels in the rows of a matrix
 PAYS = 6  # bytes that must be gained by it
 SHORT = 1 << 14  # symbols up to which every pace is tried
@@ -57,7 +58,7 @@ def context_mixing(symbols: Ints, size: int, widths: Sequence[int] = (), zero: i
     made = []
     for more in (shift, shift + 1) if shift and len(values) <= SHORT else (shift,):
         level = nearest_level(2 * mean / (1 << more))
-        for number in range(len(PACES)) if len(values) <= SHORT else (USUAL,):
+        for number in paces_for(len(values), mean):
             head = bytes([more | trellis << 5, level | number << 6])
             code = encode(values, (width, kernel, line, trellis, more, mean_of(level), PACES[number]))
             made.append(varint(centre) + varint(width) + varint(kernel) + varint(line) + head + _sized(code))
@@ -86,6 +87,11 @@ def shift_of(values: Ints) -> tuple[int, float]:
     """How many low bits of large values are not modelled, and their mean magnitude."""
     mean = float(np.abs(values).mean()) if len(values) else 0.0
     return (max(int(mean / SMALL * 2).bit_length() - 1, 0) if mean > SMALL else 0), mean
+
+
+def paces_for(count: int, mean: float) -> tuple[int, ...]:
+    """The paces that are tried, by number: for long streams one, a slow one where there are many bins to a symbol."""
+    return tuple(range(len(PACES))) if count <= SHORT else (0,) if mean > MANY else (USUAL,)
 
 
 def _rows(count: int, widths: Sequence[int]) -> tuple[int, int, int]:
