@@ -280,7 +280,7 @@ def unpack_into(reader: Reader, count: int, size: int, take: Take) -> str:
         take(start, symbols)
         return coder
 
-    coders = each(one, range(len(blocks)))
+    coders = each(one, range(len(blocks)), worth=count > LONG)  # to start threads takes as long as to read a few
     reader.coded += sum(own.coded for own in inner)
     reader.spare += sum(own.spare for own in inner)
     return f"{len(blocks)} blocks ({', '.join(dict.fromkeys(coders))})"
