@@ -187,7 +187,7 @@ def one(name: str, row: Row, seed: int, data: tuple[Tensor, Tensor, Tensor]) -> 
     fw.fit(model, shown, epochs=row.float_epochs, lr=4e-3, label="float")
     in_float = evaluate(model, task)
     entropy_penalized(
-        model, shown, file_bytes=row.file_bytes, epochs=row.epochs, lr=row.lr, rate=row.rate, levels=row.levels
+        model, shown, within=f"size<={row.file_bytes}B", epochs=row.epochs, lr=row.lr, rate=row.rate, levels=row.levels
     )
     bake(model)
     model.__dict__.pop("forward", None)

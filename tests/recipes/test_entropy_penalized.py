@@ -83,7 +83,7 @@ def test_lambda_rises_while_the_file_is_too_large_and_falls_below() -> None:
 @pytest.mark.parametrize("wanted", [500, 150])
 def test_the_file_is_as_small_as_was_asked(wanted: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = bake(entropy_penalized(small_mlp(), small_task(), file_bytes=wanted, epochs=6, lr=0.05))
+    model = bake(entropy_penalized(small_mlp(), small_task(), within=f"size<={wanted}B", epochs=6, lr=0.05))
     fw.save(model, tmp_path / "a.fw", coder="context_mixing", bare=True)
     assert 0.6 * wanted < (tmp_path / "a.fw").stat().st_size <= wanted
     again = fw.load(tmp_path / "a.fw", into=small_mlp())
@@ -98,7 +98,7 @@ def test_it_beats_rounding_afterwards_at_the_same_size() -> None:
     task = zoo.task("mnist5k", batch_size=100)
     base = nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU(), nn.Linear(16, 10))
     fw.fit(base, task, epochs=3, lr=3e-3)
-    trained = bake(entropy_penalized(copy.deepcopy(base), task, file_bytes=600, epochs=16, rate=1e-5))
+    trained = bake(entropy_penalized(copy.deepcopy(base), task, within="size<=600B", epochs=16, rate=1e-5))
     fw.fit(base, task, epochs=16, lr=1e-3)
     loss, rounded = 0.02, base
     while file_size(rounded) > 600:
@@ -119,5 +119,5 @@ def test_what_masks_hold_stays_zero() -> None:
 
 
 def test_too_small_a_file_is_refused_with_what_is_left() -> None:
-    with pytest.raises(CompressionError, match=r"file_bytes=20: with all chosen weights zero the file still has \d+"):
-        entropy_penalized(small_cnn(), small_task(), file_bytes=20, epochs=0)
+    with pytest.raises(CompressionError, match=r"size<=20B: with all chosen weights zero the file still has \d+"):
+        entropy_penalized(small_cnn(), small_task(), within="size<=20B", epochs=0)

@@ -13,26 +13,25 @@ dies out: whole parts of the network go together with single weights.
 Departs from the paper: one number, the step, decodes a tensor (the paper: an affine map, for convolutions in the
 Fourier domain); the probability model is the geometric one (the paper: a small network for each group of tensors); a
 weight of x steps costs `log2(1 + |x|)` times the first step, since the coder, which learns, spends less on the few
-that are large; rounding without noise. With `file_bytes`, lambda follows the size of the file, which is written and
+that are large; rounding without noise. With `within`, lambda follows the size of the file, which is written and
 looked at again and again while training, and what lies nearest to zero goes in the end if it is still too large.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import final
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from featherweight.allowed import Amount, Count, Positive
+from featherweight.allowed import Amount, Positive
+from featherweight.budget import parse
 from featherweight.catalogue import recipe
-from featherweight.coding.container import save
 from featherweight.core.fit import task_loss
 from featherweight.core.forms import (
     Affine,
@@ -48,12 +47,14 @@ from featherweight.core.forms import (
 )
 from featherweight.core.ledger import note, recording
 from featherweight.core.levels import not_zero, straight_through
+from featherweight.core.measuring import weight
 from featherweight.core.norms import settle_norms
 from featherweight.core.progress import showing
 from featherweight.core.site import Site, sites
 from featherweight.core.surgery import WhereWeighted
 from featherweight.core.task import Batch, Task
-from featherweight.errors import CompressionError
+from featherweight.errors import BadOption, CompressionError
+from featherweight.recipes.trellis import bare_bytes
 
 EVERY = 8  # steps after which the means, and with them what a step costs, are taken anew
 LOOKS = 80  # how often in a training the file is written to see its size
@@ -118,7 +119,7 @@ def entropy_penalized(
     task: Task,
     *,
     rate: Positive = 1e-5,
-    file_bytes: Count | None = None,
+    within: str | None = None,
     levels: Positive = 2.0,
     epochs: Amount = 30,
     lr: Positive = 0.05,
@@ -130,7 +131,9 @@ def entropy_penalized(
 
     Args:
         rate: lambda, what a bit adds to the loss.
-        file_bytes: size of a bare file with `coder="context_mixing"`; lambda starts at `rate` and follows the size.
+        within: the size that the file is to have, such as "size<=1520B"; lambda starts at `rate` and follows the size.
+            Sizes are those of the file that `compress` writes, which hands on its own budget; in a plain call those of
+            a bare file with context mixing.
         levels: how many steps of its grid the deviation of a tensor's weights takes at the start.
         epochs: passes over the training data; a network that is to lose most of its size takes a hundred or more.
         lr: of the latents, in steps of the grid, with Adam; all rates stay for a fifth of the training, then fall.
@@ -140,14 +143,16 @@ def entropy_penalized(
 
     Raises:
         BadData: weights are not finite.
+        BadOption: `within` is of something else than the size.
         CompressionError: every chosen layer is zero, or the file cannot be made so small.
     """
+    wanted = bytes_of(model, within)
     masked = masked_names(model)
     bake(model)
     mask_zeros(model, masked)
     found = not_zero(sites(model, where))
     tensors = on_latents(model, found, levels)
-    code, goal = CodeLength(tensors), Goal(model, tensors, rate, file_bytes)
+    code, goal = CodeLength(tensors), Goal(model, tensors, rate, wanted)
 
     def step(network: nn.Module, batch: Batch, progress: float) -> dict[str, Tensor]:
         return task_loss(task)(network, batch, progress) | {"bits": goal.rate * code()}
@@ -170,8 +175,8 @@ def on_latents(model: nn.Module, found: Mapping[str, Site], levels: float) -> li
         own = [(site.name, site.weight)]
         if isinstance(bias, nn.Parameter) and not has_forms(site.module, "bias"):
             own.append(("bias", bias.detach()))
-        for name, weight in own:
-            deviation = float(weight.double()[weight != 0].square().mean().sqrt()) if bool(weight.any()) else 1.0
+        for name, value in own:
+            deviation = float(value.double()[value != 0].square().mean().sqrt()) if bool(value.any()) else 1.0
             attach(site.module, Latent(deviation / levels), at=name, root=model)
             tensors.append((site.module, name))
     return tensors
@@ -260,7 +265,7 @@ class Goal:
             above = sizes[sizes > 0.5].sort().values
             if not len(above):
                 raise CompressionError(
-                    f"file_bytes={self.wanted}: with all chosen weights zero the file still has "
+                    f"size<={self.wanted}B: with all chosen weights zero the file still has "
                     f"{file_size(self.model)} bytes: allow that much, or choose more layers"
                 )
             edge = float(above[len(above) // 200])
@@ -270,13 +275,28 @@ class Goal:
 
     @property
     def told(self) -> str:
-        return f"lambda {self.rate:.2g}" + (f", a bare file of {file_size(self.model)} bytes" if self.wanted else "")
+        return f"lambda {self.rate:.2g}" + (f", {file_size(self.model)} bytes" if self.wanted else "")
+
+
+def bytes_of(model: nn.Module, within: str | None) -> int | None:
+    """The bytes that a budget allows; None without one.
+
+    Raises:
+        BadOption: the budget is of something else than the size.
+    """
+    if within is None:
+        return None
+    limits = [limit for limit in parse(within) if limit.quantity == "size"]
+    if not limits:
+        raise BadOption(f'within={within!r}: training follows a size; pass one, such as "size<=40kB"')
+    whole = {"size": float(sum(value.numel() * value.element_size() for value in model.state_dict().values()))}
+    return int(min(limit.allowed(whole) for limit in limits))
 
 
 def file_size(model: nn.Module) -> int:
-    """What a bare file of the model takes on disk, as it stands."""
-    with tempfile.TemporaryDirectory() as folder, recording(), showing(False):
-        return save(model, Path(folder) / "model.fw", coder="context_mixing", bare=True).bytes
+    """What a file of the model takes on disk, as it stands."""
+    with recording(), showing(False):
+        return weight(bake(copy.deepcopy(model)), bare_bytes)
 
 
 def grouped(
