@@ -32,6 +32,7 @@ from torch.optim import Adam, Optimizer
 from featherweight.allowed import Amount, Positive
 from featherweight.budget import parse
 from featherweight.catalogue import recipe
+from featherweight.coding.compact import short_scale
 from featherweight.core.fit import task_loss
 from featherweight.core.forms import (
     Affine,
@@ -62,6 +63,7 @@ LEAN = 2.0  # how many entries like the mean of all the mean of a row or a colum
 STAY = 0.2  # share of the training in which learning rates stay
 FASTEST = 0.1  # share of the training in which what is far above the size wanted falls by a factor of e
 ABOVE = 0.8  # by how much of the size wanted a file may be above it at the start: at one price it falls about so
+THERE = 0.85  # share of the training after which it is to be there, while weights still move
 SPARE = 0.99  # of the size that was asked for is what training aims at
 OF_VECTORS = 2.0  # bits for the first step of a bias
 Place = tuple[nn.Module, str]
@@ -85,7 +87,9 @@ class Latent(Form):
 
     @property
     def step(self) -> Tensor:
-        return self.log_step.exp()
+        """The step, of the list of those that take one byte in a compact file."""
+        step = self.log_step.exp()
+        return straight_through(step, torch.full_like(step, short_scale(float(step.detach()))))
 
     def free(self, weight: Tensor) -> tuple[Tensor, ...]:
         return (weight.detach() / self.step.detach().to(weight.dtype),)
@@ -251,7 +255,7 @@ class Goal:
         self.looked = progress
         goal = SPARE * self.wanted
         far = max(self.start - (1 + ABOVE) * goal, 0) * math.exp(-progress / FASTEST)
-        due = goal * (1 + ABOVE * (1 - progress)) + far
+        due = goal * (1 + ABOVE * max(1 - progress / THERE, 0)) + far
         self.rate *= min(max((file_size(self.model) / due) ** 0.3, 0.8), 1.25)
 
     def reach(self) -> None:
