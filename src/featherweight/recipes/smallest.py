@@ -5,7 +5,7 @@ paths of a trellis with errors fed back (`trellis`). With training, integers are
 the loss, down to the size asked for (`entropy_penalized`), and ordered afterwards where that saves bytes. Either way
 `context_mixing` writes the file. Sources are those of the three methods.
 
-Departs from the papers: as the three methods do; the order of the steps is ours.
+Departs from the paper: as the three methods do; the order of the steps is ours.
 """
 
 from __future__ import annotations
