@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 import featherweight as fw
-from conftest import small_mlp, small_task
+from conftest import small_cnn, small_mlp, small_task
 from featherweight import zoo
 from featherweight.core.forms import bake
+from featherweight.core.ledger import recording
 from featherweight.core.task import Task, evaluate
 from featherweight.errors import BadOption
 from featherweight.recipes.canonical_order import canonical_order
 from featherweight.recipes.entropy_penalized import file_size
-from featherweight.recipes.smallest import smallest
+from featherweight.recipes.smallest import ordered, smallest
 from featherweight.recipes.trellis import trellis
 
 
@@ -60,3 +61,14 @@ def test_a_run_hands_on_its_budget(epochs: int, tmp_path: Path) -> None:
 def test_training_follows_no_drop() -> None:
     with pytest.raises(BadOption, match="training follows a size"):
         smallest(small_mlp(), small_task(), within="drop<=1pt", epochs=1)
+
+
+def test_units_whose_order_would_cost_bytes_do_stay_in_it() -> None:
+    torch.manual_seed(0)
+    task = small_task()
+    laid = bake(trellis(small_cnn().eval(), task, loss=1e-4, calibration_batches=2))
+    before = copy.deepcopy(laid.state_dict())
+    with recording() as ledger:
+        found = ordered(laid, task)
+    assert "stay in their order: the file would grow" in ledger.notes[-1]
+    assert all(torch.equal(value, before[name]) for name, value in found.state_dict().items())

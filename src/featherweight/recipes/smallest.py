@@ -58,7 +58,7 @@ def smallest(
     if epochs:
         entropy_penalized(model, task, within=within, epochs=epochs, lr=lr)
         trained = bake(model)
-        again = ordered(copy.deepcopy(trained), task)
+        again = ordered(trained, task)
         return again if file_size(again) < file_size(trained) else trained
     return trellis(ordered(model, task), task, within=within, loss=loss)
 
@@ -66,7 +66,7 @@ def smallest(
 def ordered(model: nn.Module, task: Task) -> nn.Module:
     """The network with its hidden units in the canonical order, where they may trade places and that saves bytes."""
     try:
-        return canonical_order(model, task)
+        return canonical_order(copy.deepcopy(model), task)  # which has moved units by the time that it refuses
     except FeatherweightError as error:
         note(f"hidden units stay in their order: {error}")
         return model
