@@ -51,7 +51,7 @@ from featherweight.recipe_model import check_settings
 Step = str | tuple[str, Mapping[str, Any]] | Callable[..., nn.Module]
 
 AIMED_AT = ("macs", "params", "latency")  # what methods with a budget of their own can reach by themselves
-WEIGHED = ("size", "drop")  # what methods that choose how much they lose can reach: the option `within`
+WEIGHED = {"size": "B", "drop": "pt"}  # what methods that choose how much they lose can reach: the option `within`
 ONNX_GAP = 0.02  # of the metric, by which an exported file may differ from its module
 TRAINS_A_STUDENT = "kd"  # the chain, where a student is given and no method
 LATENCY_SECONDS = 2.0  # for each pair that is timed; half of it for the profile of layers and for their sensitivity
@@ -462,10 +462,11 @@ class _Session:
         """The budget of the whole run, for a method that can aim at one and was told nothing else to aim at."""
         taken = {option.name for option in entry.options()}
         if "within" in taken:
-            aims = [limit for limit in self.limits if limit.quantity in WEIGHED]
-            units = {"size": "B", "drop": "pt"}
-            texts = [f"{one.quantity}<={one.allowed(self.base):.12g}{units[one.quantity]}" for one in aims]
-            return {"within": ", ".join(texts)} if texts and not options.keys() & {"within", "loss"} else {}
+            aims = [(one.quantity, one.allowed(self.base)) for one in self.limits if one.quantity in WEIGHED]
+            if not aims or options.keys() & {"within", "loss"}:
+                return {}
+            quantity, most = min(aims, key=lambda aim: (list(WEIGHED).index(aim[0]), aim[1]))  # it takes a single one
+            return {"within": f"{quantity}<={most:.12g}{WEIGHED[quantity]}"}
         told = [limit.text for limit in self.limits if limit.quantity in AIMED_AT]
         if "budget" not in taken or not told or options.keys() & {"budget", "prune_ratio", "sparsity"}:
             return {}

@@ -251,3 +251,26 @@ def test_a_budget_of_points_is_kept(trained: tuple[nn.Module, fw.Task]) -> None:
     assert lost <= 10
     least = bake(trellis(copy.deepcopy(original), task, calibration_batches=2, loss=0.003))
     assert codes_of(one[8]).rule.scale.min() > codes_of(least[8]).rule.scale.min()
+
+
+def test_of_a_size_and_a_drop_the_size_is_aimed_at_and_the_drop_is_kept_by_the_run() -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 4)).eval()
+    budget = "size<=0.9x, size<=3kB, drop<=90pt"
+    result = fw.compress(model, small_task(), "trellis", calibration_batches=1, until=budget, onnx=False, measure=False)
+    assert result.reached
+
+
+def test_layers_may_be_called_with_their_input_by_name(trained: tuple[nn.Module, fw.Task]) -> None:
+    class Named(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self[1](input=self[0](input=x.flatten(1)).relu())
+
+    torch.manual_seed(0)
+    model, found = Named(nn.Linear(64, 16), nn.Linear(16, 4)), []
+    for kind in (Named, nn.Sequential):
+        layers = list(copy.deepcopy(model)) if kind is Named else [nn.Flatten(), model[0], nn.ReLU(), model[1]]
+        torch.manual_seed(0)  # classes are drawn
+        one = bake(trellis(kind(*copy.deepcopy(layers)), trained[1], calibration_batches=1))
+        found.append([layer.weight for layer in one if hasattr(layer, "weight")])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))

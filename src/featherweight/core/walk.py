@@ -63,14 +63,16 @@ def walk(model: nn.Module, task: Task, batch: Batch, paths: Iterable[str], chang
     left = dict.fromkeys(paths)
 
     def before(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if path in left:
                 del left[path]
-                change(path, module, args[0])
+                change(path, module, _input(args, kwargs))
 
         return hook
 
-    handles = [model.get_submodule(path).register_forward_pre_hook(before(path)) for path in list(left)]
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(before(path), with_kwargs=True) for path in list(left)
+    ]
     try:
         with eval_mode(model):
             run(model, task, batch)
@@ -78,6 +80,12 @@ def walk(model: nn.Module, task: Task, batch: Batch, paths: Iterable[str], chang
         for handle in handles:
             handle.remove()
     return list(left)
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a layer was called with, by place or by the name that layers of torch give it."""
+    value: Tensor = args[0] if args else kwargs["input"]
+    return value
 
 
 def beside(
@@ -107,15 +115,15 @@ def beside(
             change(path, layer, theirs, ours)
 
     def behind(path: str) -> Callable[..., Tensor | None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             if path not in seen:
                 return None
-            theirs, ours = args[0].chunk(2, seen[path])[0], output.chunk(2, seen[path])[1]
+            theirs, ours = _input(args, kwargs).chunk(2, seen[path])[0], output.chunk(2, seen[path])[1]
             return torch.cat([plain(original.get_submodule(path), theirs), ours], seen[path])
 
         return hook
 
-    handles = [model.get_submodule(path).register_forward_hook(behind(path)) for path in paths]
+    handles = [model.get_submodule(path).register_forward_hook(behind(path), with_kwargs=True) for path in paths]
     try:
         walk(model, task, double, paths, halves)
     finally:
