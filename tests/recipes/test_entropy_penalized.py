@@ -1,6 +1,7 @@
 """Entropy-penalised training: the price of a bit, the size that is asked for, and what it costs beside rounding."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +10,18 @@ import torch
 from torch import nn
 
 import featherweight as fw
+import featherweight.recipes.entropy_penalized as training
 from conftest import small_cnn, small_mlp, small_task
 from featherweight import zoo
 from featherweight.core.forms import bake, codes_of
 from featherweight.core.site import sites
 from featherweight.core.task import evaluate
-from featherweight.errors import CompressionError
+from featherweight.errors import BadData, CompressionError
 from featherweight.prune import prune
 from featherweight.recipes.entropy_penalized import (
     CodeLength,
     Goal,
+    bytes_of,
     entropy_penalized,
     file_size,
     latent,
@@ -121,3 +124,54 @@ def test_what_masks_hold_stays_zero() -> None:
 def test_too_small_a_file_is_refused_with_what_is_left() -> None:
     with pytest.raises(CompressionError, match=r"size<=20B: with all chosen weights zero the file still has \d+"):
         entropy_penalized(small_cnn(), small_task(), within="size<=20B", epochs=0)
+
+
+def test_such_a_file_is_refused_before_anything_is_trained() -> None:
+    task = replace(small_task(), fit=lambda *_, **__: pytest.fail("it was trained"))
+    with pytest.raises(CompressionError, match="with all chosen weights zero"):
+        entropy_penalized(small_cnn(), task, within="size<=20B", epochs=3)
+
+
+def test_the_size_is_reached_in_few_looks_and_by_no_more_than_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = small_mlp()
+    tensors, looks = on_latents(model, sites(model), levels=2.0), 0
+    before = torch.cat([latent(place).detach().flatten() for place in tensors])
+
+    def counted(model: nn.Module) -> int:
+        nonlocal looks
+        looks += 1
+        return file_size(model)
+
+    wanted = file_size(model) // 2
+    monkeypatch.setattr(training, "file_size", counted)
+    Goal(model, tensors, 1e-5, wanted).reach()
+    after = torch.cat([latent(place).detach().flatten() for place in tensors])
+    assert 0.97 * wanted < file_size(model) <= wanted
+    assert looks < 20
+    assert before[after == 0].abs().max() < before[after != 0].abs().min()
+    assert torch.equal(after[after != 0], before[after != 0])
+
+
+def test_a_share_of_the_size_is_that_of_the_network_without_its_masks() -> None:
+    model = prune(small_cnn(), small_task(), sparsity=0.5, finetune=0)
+    whole = bytes_of(bake(copy.deepcopy(model)), "size<=0.5x")
+    seen: list[int | None] = []
+
+    def watched(model: nn.Module, tensors: list, rate: float, wanted: int | None) -> Goal:
+        seen.append(wanted)
+        return Goal(model, tensors, rate, wanted)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "Goal", watched)
+        entropy_penalized(model, small_task(), within="size<=0.5x", epochs=0)
+    assert seen == [whole]
+
+
+def test_steps_stay_in_their_list_and_biases_that_are_no_numbers_are_told() -> None:
+    model = bake(entropy_penalized(small_mlp(), small_task(), epochs=1, step_lr=1e3))
+    assert all(bool(value.isfinite().all()) for value in model.parameters())
+    model = small_mlp()
+    model[1].bias.data[0] = float("nan")
+    with pytest.raises(BadData, match="the bias of 1 is not finite"):
+        entropy_penalized(model, small_task(), epochs=1)

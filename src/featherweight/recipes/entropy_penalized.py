@@ -54,7 +54,7 @@ from featherweight.core.progress import showing
 from featherweight.core.site import Site, sites
 from featherweight.core.surgery import WhereWeighted
 from featherweight.core.task import Batch, Task
-from featherweight.errors import BadOption, CompressionError
+from featherweight.errors import BadData, BadOption, CompressionError
 from featherweight.recipes.trellis import bare_bytes
 
 EVERY = 8  # steps after which the means, and with them what a step costs, are taken anew
@@ -87,8 +87,14 @@ class Latent(Form):
 
     @property
     def step(self) -> Tensor:
-        """The step, of the list of those that take one byte in a compact file."""
+        """The step, of the list of those that take one byte in a compact file.
+
+        Raises:
+            CompressionError: training has made it no number.
+        """
         step = self.log_step.exp()
+        if bool(step.isnan()):
+            raise CompressionError("the step of a grid is no number any more: lower lr or step_lr")
         return straight_through(step, torch.full_like(step, short_scale(float(step.detach()))))
 
     def free(self, weight: Tensor) -> tuple[Tensor, ...]:
@@ -148,15 +154,15 @@ def entropy_penalized(
     Raises:
         BadData: weights are not finite.
         BadOption: `within` is of something else than the size.
-        CompressionError: every chosen layer is zero, or the file cannot be made so small.
+        CompressionError: every chosen layer is zero, the file cannot be made so small, or training diverges.
     """
-    wanted = bytes_of(model, within)
     masked = masked_names(model)
-    bake(model)
+    wanted = bytes_of(bake(model), within)
     mask_zeros(model, masked)
     found = not_zero(sites(model, where))
     tensors = on_latents(model, found, levels)
     code, goal = CodeLength(tensors), Goal(model, tensors, rate, wanted)
+    goal.possible()
 
     def step(network: nn.Module, batch: Batch, progress: float) -> dict[str, Tensor]:
         return task_loss(task)(network, batch, progress) | {"bits": goal.rate * code()}
@@ -180,6 +186,8 @@ def on_latents(model: nn.Module, found: Mapping[str, Site], levels: float) -> li
         if isinstance(bias, nn.Parameter) and not has_forms(site.module, "bias"):
             own.append(("bias", bias.detach()))
         for name, value in own:
+            if not bool(value.isfinite().all()):
+                raise BadData(f"the {name} of {site.path} is not finite: train the network again")
             deviation = float(value.double()[value != 0].square().mean().sqrt()) if bool(value.any()) else 1.0
             attach(site.module, Latent(deviation / levels), at=name, root=model)
             tensors.append((site.module, name))
@@ -264,18 +272,42 @@ class Goal:
         Raises:
             CompressionError: with all of them zero it is still too large.
         """
-        while self.wanted is not None and file_size(self.model) > self.wanted:
-            sizes = torch.cat([latent(place).detach().abs().flatten() for place in self.tensors])
-            above = sizes[sizes > 0.5].sort().values
-            if not len(above):
-                raise CompressionError(
-                    f"size<={self.wanted}B: with all chosen weights zero the file still has "
-                    f"{file_size(self.model)} bytes: allow that much, or choose more layers"
-                )
-            edge = float(above[len(above) // 200])
-            for place in self.tensors:
-                with torch.no_grad():
-                    latent(place)[latent(place).abs() <= edge] = 0.0
+        if self.wanted is None or file_size(self.model) <= self.wanted:
+            return
+        self.possible()
+        trained = [latent(place).detach().clone() for place in self.tensors]
+        sizes = torch.cat([one.abs().flatten() for one in trained])
+        above = sizes[sizes > 0.5].sort().values
+        few, many, fine = 0, len(above), max(len(above) // 200, 1)  # how many are set to zero: too few, and enough
+        while many - few > fine:
+            middle = (few + many) // 2
+            self._cut(trained, float(above[middle - 1]))
+            few, many = (few, middle) if file_size(self.model) <= self.wanted else (middle, many)
+        self._cut(trained, float(above[many - 1]))
+
+    def possible(self) -> None:
+        """Refuses, before anything is trained, a size that no latents reach.
+
+        Raises:
+            CompressionError: with all of them zero the file is still too large.
+        """
+        if self.wanted is None:
+            return
+        held = [latent(place).detach().clone() for place in self.tensors]
+        self._cut(held, math.inf)
+        least = file_size(self.model)
+        self._cut(held, 0.0)
+        if least > self.wanted:
+            raise CompressionError(
+                f"size<={self.wanted}B: with all chosen weights zero the file still has {least} bytes: "
+                "allow that much, or choose more layers"
+            )
+
+    @torch.no_grad()
+    def _cut(self, latents: Sequence[Tensor], edge: float) -> None:
+        """Puts these latents in their places, zero where they are not beyond an edge."""
+        for place, one in zip(self.tensors, latents, strict=True):
+            latent(place).copy_(one.where(one.abs() > edge, 0.0))
 
     @property
     def told(self) -> str:
