@@ -72,6 +72,11 @@ def test_a_short_step_is_at_most_five_percent_away(value: float) -> None:
     assert torch.tensor(step).bfloat16().item() == step
 
 
+def test_steps_beyond_the_list_are_its_ends() -> None:
+    assert short_scale(0.0) == short_scale(1e-30) == 2.0**-24
+    assert short_scale(float("inf")) == _step(255)
+
+
 CASES = {
     "short": Affine(torch.tensor(0.1015625), torch.tensor(0, dtype=torch.int32)),
     "bfloat16": Affine(torch.tensor(0.109375 + 2**-10), torch.tensor(0, dtype=torch.int32)),

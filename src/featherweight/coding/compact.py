@@ -66,7 +66,7 @@ def short_scale(value: float) -> float:
     >>> short_scale(0.066), short_scale(0.1)
     (0.068359375, 0.09619140625)
     """
-    near = min(max(round(8 * (math.log2(value) + EXPONENT)), 0), 255)
+    near = round(8 * (math.log2(min(max(value, _step(0)), _step(255))) + EXPONENT))
     return min((_step(n) for n in range(max(near - 1, 0), min(near + 2, 256))), key=lambda step: abs(step - value))
 
 
@@ -388,21 +388,27 @@ def _put_values(writer: Writer, whole: Ints, shape: Shape, vector: bool) -> None
             writer.number(kernel)
             writer.number(line)
     shift, mean = shift_of(values)
-    best: tuple[float, int] | None = None
     level = nearest_level(2 * mean / (1 << shift))
-    kept = writer.kept()
-    for number in paces_for(len(values), mean) if len(values) > SHORTEST else (USUAL,):
-        writer.values(values, (width, kernel, line, trellis, shift, mean_of(level), PACES[number]))
-        found = writer.length + (0 if number == USUAL else DEARER), number
-        best = min(best, found) if best else found
-        writer.back(kept)
-    assert best is not None
+    head = (width, kernel, line, trellis, shift, mean_of(level))
+    pace = _pace(writer, values, head, paces_for(len(values), mean) if len(values) > SHORTEST else (USUAL,))
     if writer.ask(SHIFTED, vector, shift):
         writer.bits(shift, 5)
-    if writer.ask(PACED, vector, best[1] != USUAL):
-        writer.bits(best[1], 2)
+    if writer.ask(PACED, vector, pace != USUAL):
+        writer.bits(pace, 2)
     writer.bits(level, 6)
-    writer.values(values, (width, kernel, line, trellis, shift, mean_of(level), PACES[best[1]]))
+    writer.values(values, (*head, PACES[pace]))
+
+
+def _pace(writer: Writer, values: Ints, head: tuple[int, ...], numbers: Sequence[int]) -> int:
+    """The number of the pace that is shortest; of a single one nothing is tried, which takes as long as to write."""
+    if len(numbers) == 1:
+        return numbers[0]
+    kept, lengths = writer.kept(), dict[int, float]()
+    for number in numbers:
+        writer.values(values, (*head, PACES[number]))
+        lengths[number] = writer.length + (0 if number == USUAL else DEARER)
+        writer.back(kept)
+    return min(lengths, key=lambda number: lengths[number])
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

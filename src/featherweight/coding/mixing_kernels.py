@@ -1,7 +1,7 @@
 """The loops of context mixing, compiled by numba; with NUMBA_DISABLE_JIT=1 the same Python runs as it stands.
 
 Integers alone, none beyond 2**63, so that every machine makes the same bytes. A symbol becomes bins; each bin is
-foretold by six models, each of which looks at something else of the neighbourhood; what they say is added up in the
+foretold by eight models, each of which looks at something else of the neighbourhood; what they say is added up in the
 logistic domain by two sets of weights that learn on the way, and a binary range coder writes the bin.
 """
 
