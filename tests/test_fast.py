@@ -25,7 +25,7 @@ def bell(count: int, size: int = 61, spread: float = 5.0) -> np.ndarray:
     return np.clip(np.rint(RNG.normal(size / 2, spread, count)), 0, size - 1).astype(np.int64)
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 1023, 1024, 8191, 8192, 8200])
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 8, 9, 1023, 1024, 8191, 8192, 8200])
 @pytest.mark.parametrize("size", [2, 61, 256, 257, 5000])
 def test_interleaved_codes_come_back_whatever_the_number_of_states(count: int, size: int) -> None:
     symbols = RNG.integers(0, size, count) if count % 2 else bell(count, size, size / 9)

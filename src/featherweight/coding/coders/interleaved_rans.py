@@ -53,7 +53,8 @@ def _bits(counts: Ints, frequencies: Ints, bits: int) -> float:
 def normalised(counts: Ints, bits: int) -> Ints:
     """Frequencies that add up to 2**bits, at least 1 for a symbol that occurs: what is over or missing falls where it
     costs least."""
-    total, target = max(int(counts.sum()), 1), 1 << bits
+    counts = counts if counts.any() else np.eye(1, len(counts), dtype=np.int64)[0]  # of nothing, all is the first
+    total, target = int(counts.sum()), 1 << bits
     exact = counts * (target / total)
     found = np.where(counts > 0, np.maximum(np.rint(exact), 1), 0).astype(np.int64)
     while (over := int(found.sum()) - target) != 0:
