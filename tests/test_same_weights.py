@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 import independent_reader
-from featherweight.coding import save, streams, unpack
+from featherweight.coding import container, save, streams, threads, unpack
 from featherweight.core.forms import Affine, Codes, declare_codes
 
 CODERS = ("sparse_index", "huffman", "range", "rans", "deepcabac", "context_mixing", "fast")
@@ -62,9 +63,15 @@ def test_every_reader_finds_the_same_weights(tmp_path: Path, monkeypatch: pytest
             shapes = [tuple(t.shape) for t in in_order(model)] if bare else None
             _, tensors = independent_reader.read(path.read_bytes(), shapes)
             assert hashlib.sha256(b"".join(raw for *_, raw in tensors.values())).hexdigest() == wanted[path], path
-    for threads in (1, 2):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert [digest(str(path)) for path in wanted] == list(wanted.values()), threads
+    pools: list[int] = []
+    monkeypatch.setattr(threads, "ThreadPoolExecutor", lambda n: pools.append(n) or ThreadPoolExecutor(n))
+    monkeypatch.setattr(streams, "LONG", 4000)  # of so short streams and files nothing would be read in threads
+    monkeypatch.setattr(container, "BRIEF", 0)
+    for number in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda number=number: number)
+        assert [digest(str(path)) for path in wanted] == list(wanted.values()), number
+    assert len(pools) > len(CODERS)  # the records of every full file, and blocks
+    assert set(pools) == {2}
     found = subprocess.run(
         [sys.executable, "-c", UNCOMPILED, *wanted],
         capture_output=True,
