@@ -1,7 +1,7 @@
 """Writes the generated pages: `methods.md` from the catalogue, `results.md` from the results of the benchmarks.
 
 The tables in `pruning.md` and `quantization.md` come from the catalogue, results and a file of facts each, those in
-`distillation.md` from results.
+`distillation.md` and `coding.md` from results.
 
 Also the keys and the example in `recipes.md`, and the JSON schema of recipes.
 """
@@ -192,6 +192,14 @@ def beside_nncodec() -> list[str]:
     return lines + (["", *table(["network", *(f"ms to decode, {key}" for key in keys)], times)] if times else [])
 
 
+def coding(page: str) -> str:
+    """The page about coding with its tables as they are now."""
+    rows = json.loads((RESULTS / "smallest.json").read_text())["table"]
+    return filled(
+        page, {"nncodec": beside_nncodec(), "smallest": table(list(rows[0]), [list(row.values()) for row in rows])}
+    )
+
+
 def quantization(page: str) -> str:
     """The page about quantization with its tables as they are now."""
     rows = []
@@ -204,7 +212,6 @@ def quantization(page: str) -> str:
         "formats": formats(),
         "executors": executors(),
         "speed": speed(),
-        "nncodec": beside_nncodec(),
         "table": table(head, rows),
     }
     return filled(page, parts)
@@ -442,6 +449,7 @@ def measured(name: str) -> str:
 
 if __name__ == "__main__":
     (HERE / "pruning.md").write_text(pruning((HERE / "pruning.md").read_text()))
+    (HERE / "coding.md").write_text(coding((HERE / "coding.md").read_text()))
     (HERE / "quantization.md").write_text(quantization((HERE / "quantization.md").read_text()))
     (HERE / "distillation.md").write_text(text(distillation((HERE / "distillation.md").read_text())))
     (HERE / "methods.md").write_text(methods())

@@ -23,7 +23,7 @@ Departs from the paper: there errors cost their squares and layers stand alone.
 - One number for the whole network, the loss that may be added, sets the slope `lambda = 2 ln 2 loss / n` for n weights
   at which every layer trades error for bits, and steps follow: those of the rate-distortion curve at high rate for the
   weights that are not about to become zero, rows with a larger g on finer ones by powers of the root of two. How
-  far steps and slopes are from these formulas (`WIDER`, `rate`) was chosen on a ResNet-20.
+  far steps are from this formula (`WIDER`) was chosen on a ResNet-20 and a LeNet-300-100, `rate` on the latter.
 - Rates are frequencies of levels in groups of like rows and columns, counted anew in each of three rounds, not the
   states of the coder.
 - A layer whose weights are no product with columns of its inputs (a transposed convolution, one that code uses without
