@@ -57,20 +57,20 @@ class Row:
     error: float
     epochs: float
     source: str
-    deformed: float = 0.5
-    taught: float = 0.0
+    deformed: float = 0.8
+    taught: float = 0.5
     lr: float = 0.08
-    rate: float = 2e-5
+    rate: float = 5e-5
     levels: float = 2.0
     batch_size: int = 128
     float_epochs: float = 3
 
 
 LENET5 = {
-    "lenet5_3030": Row("lenet5", (8, 16, 32), 3030, 0.69, 60, "Havasi et al. 2019 (MIRACLE)"),
-    "lenet5_1520": Row("lenet5", (6, 12, 24), 1520, 0.96, 65, "Havasi et al. 2019 (MIRACLE)"),
-    "lenet5_860": Row("lenet5", (6, 12, 24), 860, 0.80, 60, "goal: 2,000 times smaller"),
-    "lenet5_430": Row("lenet5", (5, 10, 20), 430, 1.00, 60, "goal: 4,000 times smaller"),
+    "lenet5_3030": Row("lenet5", (8, 16, 32), 3030, 0.69, 14, "Havasi et al. 2019 (MIRACLE)"),
+    "lenet5_1520": Row("lenet5", (6, 12, 24), 1520, 0.96, 14, "Havasi et al. 2019 (MIRACLE)"),
+    "lenet5_860": Row("lenet5", (6, 12, 24), 860, 0.80, 14, "goal: 2,000 times smaller"),
+    "lenet5_430": Row("lenet5", (6, 12, 24), 430, 1.00, 14, "goal: 4,000 times smaller"),
 }
 LENET300 = {
     "lenet300_8560": Row("lenet300", (300, 100), 8560, 1.9, 0, "published", deformed=0.0),

@@ -18,7 +18,7 @@ from featherweight.coding.unpacking import allowance
 from featherweight.errors import FeatherweightError
 
 LONGEST = 1500  # characters of a sentence
-SECONDS = 2.0
+SECONDS = 3.0
 BYTES = 500 << 20
 VAGUE = "what it describes fits no model"
 

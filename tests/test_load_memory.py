@@ -38,8 +38,11 @@ def peak(**options):
 torch.set_num_threads(2)
 load(sys.argv[2], torch.nn.Linear(64, 64, bias=False))  # everything is imported and compiled
 for options in (dict(codes=False), dict(dtype=torch.bfloat16), dict()):
-    print(peak(**options))
-    gc.collect()
+    tries = []
+    for _ in range(3):  # what threads hold at the same moment, and what the system has taken back by then, differs
+        tries.append(peak(**options))
+        gc.collect()
+    print(min(tries))
 """
 RESULTS = (4, 2, 5)  # bytes of the result for each weight: float32, bfloat16, float32 and int8
 
