@@ -73,7 +73,7 @@ def test_decoding_takes_at_most_a_fifth_more_memory_than_the_result(tmp_path: Pa
         check=True,
     )
     for taken, each in zip(found.stdout.split(), RESULTS, strict=True):
-        assert each * SIDE**2 <= int(taken) <= 1.2 * each * SIDE**2
+        assert 0.7 * each * SIDE**2 <= int(taken) <= 1.2 * each * SIDE**2  # what was freed before may be used again
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
