@@ -66,7 +66,8 @@ def short_scale(value: float) -> float:
     >>> short_scale(0.066), short_scale(0.1)
     (0.068359375, 0.09619140625)
     """
-    near = round(8 * (math.log2(min(max(value, _step(0)), _step(255))) + EXPONENT))
+    value = min(max(value, _step(0)), _step(255))
+    near = round(8 * (math.log2(value) + EXPONENT))
     return min((_step(n) for n in range(max(near - 1, 0), min(near + 2, 256))), key=lambda step: abs(step - value))
 
 
