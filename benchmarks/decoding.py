@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import pickle
 import subprocess
@@ -22,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from featherweight import outputs
 
 HERE = Path(__file__).parent
 NETWORKS = {
@@ -34,31 +35,9 @@ NETWORKS = {
 CODERS = ("fast", "context_mixing")
 QP = -28  # a step of about 2^-7
 OTHER = """
-import importlib.machinery, pickle, sys, time, types
-
-class Nothing(types.ModuleType):
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        inner = Nothing(self.__name__ + "." + name)
-        inner.__spec__ = importlib.machinery.ModuleSpec(inner.__name__, None)
-        return sys.modules.setdefault(inner.__name__, inner)
-    def __call__(self, *args, **options):
-        return self
-    def __mro_entries__(self, bases):
-        return (object,)
-
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"torchvision", "timm", "flwr", "wandb", "transformers", "datasets", "torchmetrics"}:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-    def create_module(self, spec):
-        module = Nothing(spec.name)
-        module.__path__ = []
-        return module
-    def exec_module(self, module):
-        pass
-
+import pickle, sys, time
+sys.path.insert(0, sys.argv[4])
+from nncodec_side import Finder
 sys.meta_path.insert(0, Finder())
 out, sys.stdout = sys.stdout, sys.stderr
 from nncodec import nnc
@@ -151,7 +130,7 @@ def measured(name: str, other: str, threads: int, turns: int, folder: Path) -> l
         state = {k: v.numpy() for k, v in network(name).state_dict().items() if v.dim()}
         source.write_bytes(pickle.dumps(state))
     first = "" if theirs.exists() else str(source)
-    readers = {"nncodec": opened([other, "-c", OTHER, str(theirs), str(QP), first], threads)}
+    readers = {"nncodec": opened([other, "-c", OTHER, str(theirs), str(QP), first, str(HERE)], threads)}
     turn(readers["nncodec"])
     paths = {"nncodec": theirs}
     for coder in CODERS:
@@ -200,7 +179,7 @@ def main() -> None:
                         f"{1e3 * row['least']:9.2f} ms (median {1e3 * row['median']:9.2f}) {row['faster']:6.2f}x",
                         flush=True,
                     )
-            given.out.write_text(json.dumps({"qp": QP, "rows": rows}, indent=1) + "\n")
+            outputs.write_json(given.out, {"qp": QP, "rows": rows})
 
 
 if __name__ == "__main__":

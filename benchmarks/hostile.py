@@ -3,7 +3,7 @@
     python benchmarks/hostile.py --cases 100000
 
 Each file is opened in every way inside a worker process, under a watch of processor time and memory. It passes if it
-gives a sound model or one sentence of ours, within 2 s and 500 MB. Anything else is a finding: the file is kept in
+gives a sound model or one sentence of ours, within 3 s and 500 MB. Anything else is a finding: the file is kept in
 `runs/hostile/`, with its number (`--only NUMBER` opens it again). A run that was stopped goes on where it was. Figures
 go to `results/hostile.json`.
 """

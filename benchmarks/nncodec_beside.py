@@ -3,7 +3,7 @@
     python -m venv nnc && nnc/bin/pip install nncodec==2.1.3 "numpy<2" torch safetensors
     python benchmarks/nncodec_beside.py --nncodec nnc/bin/python [NAME ...]
 
-writes `results/nncodec_beside.json`, and goes on where it stopped; `--decode` times decoding. A row is a file: its
+writes `results/nncodec_beside.json`, and goes on where it stopped. A row is a file: its
 bytes, the mean divergence of its outputs from the float network's on held-out inputs (the test images; for
 EfficientNet-Lite0 crops of photographs that nothing was calibrated on), and accuracy there (for photographs: how often
 the first class is that of the float network).
@@ -14,8 +14,7 @@ us before. At each divergence its best way counts. Counters of batches, which it
 is `trellis` and the coder of context mixing, a bare file, structure included. Ratios stand at the divergence of each of
 our files, where NNCodec's bytes are interpolated, straight between logarithms; beyond its range there is none.
 
-Lossless: the very integers that NNCodec coded, tensor by tensor, with our coder. Decoding: the whole file, tensors in
-memory, one thread, fastest of interleaved rounds; ours with the strongest coder and with the fast one.
+Lossless: the very integers that NNCodec coded, tensor by tensor, with our coder. `decoding.py` times decoding.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from featherweight import compress, load, provenance, save, zoo
+from featherweight import compress, load, outputs, provenance, save, zoo
 from featherweight.coding import pack_tensor
 from featherweight.core.fold import fold_batchnorm
 from featherweight.core.forms import Affine, Codes
@@ -63,7 +62,6 @@ WAYS: dict[str, tuple[bool, dict[str, Any]]] = {  # whether batch norms are fold
     "opt_qp, coarser biases, folded": (True, {"opt_qp": True, "nonweight_qp": -50}),
 }
 CROPS = 64
-ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ def theirs(one: Given, python: str, qps: tuple[int, ...], folder: Path) -> Itera
         runs = [(way, qp, {"qp": qp, **options}) for way, options in ways.items() for qp in qps]
         save_file({k: v.contiguous() for k, v in model.state_dict().items() if v.dim()}, folder / "in.safetensors")
         asked = json.dumps([options for *_, options in runs])
-        run([python, str(SIDE), "compress", str(folder / "in.safetensors"), str(folder), asked])
+        run([python, str(SIDE), str(folder / "in.safetensors"), str(folder), asked])
         for number, (way, qp, _) in enumerate(runs):
             back = copy.deepcopy(model)
             state = load_file(folder / str(number) / "decoded.safetensors")
@@ -153,28 +151,6 @@ def lossless(path: Path) -> dict[str, int]:
             mine += len(pack_tensor(codes.decode(), codes, coder="context_mixing"))
             its += int(coded[name.replace("|integers", "|bytes")])
     return {"integers, NNCodec": its, "integers, ours": mine}
-
-
-def decoding(one: Given, python: str, folder: Path) -> dict[str, Any]:
-    """Seconds to decode files of about the same divergence, in interleaved rounds."""
-    setting = json.dumps([{"qp": -32}])
-    save_file({k: v.contiguous() for k, v in one.model.state_dict().items() if v.dim()}, folder / "in.safetensors")
-    run([python, str(SIDE), "compress", str(folder / "in.safetensors"), str(folder), setting])
-    ours(one, LOSSES.get(one.name, OTHERWISE)[0], folder)
-    into, found = copy.deepcopy(one.model), {"network": one.name}
-    files = {"ours": folder / "ours.fw", "ours, fast": folder / "fast.fw"}
-    for file in files.values():
-        load(file, into=copy.deepcopy(into))
-    seconds: dict[str, float] = dict.fromkeys([*files, "NNCodec"], math.inf)
-    for _ in range(ROUNDS):
-        for who, file in files.items():
-            network = copy.deepcopy(into)
-            start = time.perf_counter()
-            load(file, into=network)
-            seconds[who] = min(seconds[who], time.perf_counter() - start)
-        told = run([python, str(SIDE), "decode", str(folder / "0" / "stream.nnc"), "2"])
-        seconds["NNCodec"] = min(seconds["NNCodec"], float(told.rsplit("seconds ", 1)[1]))
-    return found | {f"seconds, {who}": value for who, value in seconds.items()}
 
 
 def run(command: list[str]) -> str:
@@ -212,27 +188,19 @@ def main() -> None:
     parser.add_argument("--nncodec", required=True, help="the Python in which nncodec 2.1.3 is installed")
     parser.add_argument("--data", help="the folder of the data sets")
     parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument(
-        "--decode", action="store_true", help="times decoding alone, on a machine that does nothing else"
-    )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    state = json.loads(options.out.read_text()) if options.out.exists() else {"rows": [], "decoding": []}
+    state = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
     state["environment"] = provenance.environment()
 
     def keep() -> None:
         state["compared"] = compared(state["rows"])
-        options.out.write_text(json.dumps(state, indent=1) + "\n")
+        outputs.write_json(options.out, state)
 
     for name in options.names:
         done = {(row["who"], row["setting"]) for row in state["rows"] if row["network"] == name}
         one = given(name, options.data)
         with tempfile.TemporaryDirectory() as folder:
-            if options.decode:
-                state["decoding"] = [row for row in state["decoding"] if row["network"] != name]
-                state["decoding"].append(decoding(one, options.nncodec, Path(folder)))
-                keep()
-                continue
             if not any(who == "NNCodec" for who, _ in done):
                 state["rows"] += list(theirs(one, options.nncodec, QPS, Path(folder)))
                 keep()

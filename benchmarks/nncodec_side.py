@@ -1,9 +1,8 @@
 """The other side of `nncodec_beside.py`: NNCodec in a Python of its own.
 
-`PYTHON nncodec_side.py compress PARAMETERS.safetensors FOLDER SETTINGS` codes the parameters with each of a list of
-settings (JSON) and writes, in a folder for each, `stream.nnc`, `decoded.safetensors` and `coded.npz`: the integers of
-every tensor that it coded, and how many bytes they took alone. `PYTHON nncodec_side.py decode STREAM ROUNDS` prints the
-seconds of the fastest round.
+`PYTHON nncodec_side.py PARAMETERS.safetensors FOLDER SETTINGS` codes the parameters with each of a list of settings
+(JSON) and writes, in a folder for each, `stream.nnc`, `decoded.safetensors` and `coded.npz`: the integers of every
+tensor that it coded, and how many bytes they took alone.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import importlib.machinery
 import json
 import sys
-import time
 import types
 from pathlib import Path
 from typing import Any
@@ -88,21 +86,6 @@ def compress(parameters: Path, folder: Path, settings: list[dict[str, Any]]) -> 
         np.savez(own / "coded.npz", **coded)
 
 
-def decode(stream: Path, rounds: int) -> None:
-    """Prints the seconds of the fastest of some rounds."""
-    from nncodec import nnc
-
-    data, seconds = str(stream), []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        nnc.decompress(data, verbose=False)
-        seconds.append(time.perf_counter() - start)
-    print(f"seconds {min(seconds)}")
-
-
 if __name__ == "__main__":
     sys.meta_path.insert(0, Finder())  # type: ignore[arg-type]
-    if sys.argv[1] == "compress":
-        compress(Path(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4]))
-    else:
-        decode(Path(sys.argv[2]), int(sys.argv[3]))
+    compress(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))

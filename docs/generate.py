@@ -166,7 +166,7 @@ def speed() -> list[str]:
 
 
 def beside_nncodec() -> list[str]:
-    """Our files beside NNCodec's at equal divergence; its integers with our coder; decoding."""
+    """Our files beside NNCodec's at equal divergence; its integers with our coder."""
     found = json.loads((RESULTS / "nncodec_beside.json").read_text())
     rows = [
         [
@@ -187,9 +187,7 @@ def beside_nncodec() -> list[str]:
     ]
     told = [[name, f"{min(each):.3f} .. {max(each):.3f}"] for name, each in zip(names, integers, strict=True) if each]
     lines += ["", *table(["network", "the integers that NNCodec coded: our bytes / its, over all settings"], told)]
-    keys = ("NNCodec", "ours", "ours, fast")
-    times = [[one["network"], *(f"{1e3 * one[f'seconds, {key}']:.1f}" for key in keys)] for one in found["decoding"]]
-    return lines + (["", *table(["network", *(f"ms to decode, {key}" for key in keys)], times)] if times else [])
+    return lines
 
 
 def coding(page: str) -> str:

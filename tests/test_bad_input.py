@@ -94,7 +94,7 @@ def test_a_file_from_a_newer_version_is_refused_in_one_sentence(coder: str | Non
     data = bytearray(path.read_bytes())
     newer(data)
     path.write_bytes(data)
-    with pytest.raises(FormatError, match=r"version|newer|update featherweight") as caught:
+    with pytest.raises(FormatError, match=r"version 2.*update featherweight") as caught:
         load(path, into=Odd())
     assert "\n" not in str(caught.value)
 

@@ -25,7 +25,7 @@ from featherweight.checkpoint import Checkpoints
 from featherweight.coding import SaveReport, load, save
 from featherweight.core import ledger, measuring, processes, progress, tracking
 from featherweight.core.agree import answer, compared
-from featherweight.core.cost import cost
+from featherweight.core.cost import cost, raw_bytes
 from featherweight.core.digests import digest, fingerprint, raw
 from featherweight.core.examine import examine
 from featherweight.core.forms import bake
@@ -45,7 +45,7 @@ from featherweight.core.wiring import recalling, wire
 from featherweight.errors import BadData, BadOption, BadRecipe, CompressionError, FeatherweightError, within
 from featherweight.figures import figures_of, latency, paired_test, rows, stopwatch
 from featherweight.outputs import FRESH, prepare, take_over, write_json
-from featherweight.provenance import environment, identity, raw_bytes, seed_everything, threads_of, versions
+from featherweight.provenance import environment, identity, seed_everything, threads_of, versions
 from featherweight.recipe_model import check_settings
 
 Step = str | tuple[str, Mapping[str, Any]] | Callable[..., nn.Module]

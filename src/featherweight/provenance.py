@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from featherweight import catalogue
 
@@ -52,12 +51,6 @@ def _told(part: Any) -> bytes:
     if isinstance(part, CodeType):
         return b"\0".join([part.co_code, repr(part.co_names).encode(), *map(_told, part.co_consts)])
     return repr(sorted(map(repr, part)) if isinstance(part, frozenset) else part).encode()
-
-
-def raw_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers as they are, each tied tensor once."""
-    held = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in held.values())
 
 
 def versions() -> dict[str, str]:

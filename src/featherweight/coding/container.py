@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,7 +103,7 @@ def save(
         example_inputs: their shapes and types are written down, and the model is traced with them; a bare file
             needs none.
         coder: "huffman", "range_coder" ("range"), "rans" ("ans"), "sparse_index" (fixed widths), "deepcabac" ("cabac"),
-            "context_mixing" ("cm"), "smallest" (all of these), "fast" (interleaved ANS);
+            "context_mixing" ("cm"), "unlabeled_graph", "smallest" (all of these), "fast" (interleaved ANS);
             None for the shortest of the first four.
         bare: the smallest file that `load(into=)` can restore: no names, no provenance, one checksum. With context
             mixing it is compact: one code for all integers, no shapes.
@@ -334,6 +335,12 @@ def assemble(manifest: bytes, records: list[bytes], bare: bool) -> bytes:
 def signed(data: bytes) -> bytes:
     """The data and their CRC-32, which protects against damage, not against malice."""
     return data + zlib.crc32(data).to_bytes(4, "little")
+
+
+def bare_bytes(model: nn.Module) -> int:
+    """What the smallest file of a model takes on disk: a bare one, with context mixing."""
+    with tempfile.TemporaryDirectory() as folder:
+        return save(model, Path(folder) / "weighed.fw", coder="context_mixing", bare=True).bytes
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

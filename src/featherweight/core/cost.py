@@ -26,6 +26,12 @@ from featherweight.core.trace import graph_inputs, operator_name, owner, trace
 from featherweight.errors import BadData, TraceError
 
 
+def raw_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers as they are, each tied tensor once."""
+    held = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in held.values())
+
+
 @dataclass(frozen=True)
 class Row:
     """One layer: its own parameters (tied ones only where they come first), and the MACs of its code per sample."""

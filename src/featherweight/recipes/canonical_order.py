@@ -15,9 +15,7 @@ a sorted one.
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,7 +24,7 @@ from torch import Tensor, nn
 
 from featherweight.allowed import Whole
 from featherweight.catalogue import recipe
-from featherweight.coding.container import save
+from featherweight.coding.container import bare_bytes
 from featherweight.coding.packing import pack_tensor
 from featherweight.core.channels import Channels, channel_groups
 from featherweight.core.forms import bake, codes_of
@@ -106,12 +104,6 @@ def changed(count: int) -> Tensor:
         part = slice(min(i, j), max(i, j) + 1)
         order[part] = order[part][::-1]
     return torch.tensor(order)
-
-
-def bare_bytes(model: nn.Module) -> int:
-    """The size of the smallest file of a model."""
-    with tempfile.TemporaryDirectory() as folder:
-        return save(model, Path(folder) / "order.fw", coder="context_mixing", bare=True).bytes
 
 
 def written(model: nn.Module) -> int:

@@ -33,6 +33,8 @@ from featherweight.allowed import Amount, Positive
 from featherweight.budget import parse
 from featherweight.catalogue import recipe
 from featherweight.coding.compact import short_scale
+from featherweight.coding.container import bare_bytes
+from featherweight.core.cost import raw_bytes
 from featherweight.core.fit import task_loss
 from featherweight.core.forms import (
     Affine,
@@ -40,6 +42,7 @@ from featherweight.core.forms import (
     Form,
     attach,
     bake,
+    forms_of,
     has_forms,
     mask_of,
     mask_zeros,
@@ -55,7 +58,6 @@ from featherweight.core.site import Site, sites
 from featherweight.core.surgery import WhereWeighted
 from featherweight.core.task import Batch, Task
 from featherweight.errors import BadData, BadOption, CompressionError
-from featherweight.recipes.trellis import bare_bytes
 
 EVERY = 8  # steps after which the means, and with them what a step costs, are taken anew
 LOOKS = 80  # how often in a training the file is written to see its size
@@ -145,7 +147,7 @@ def entropy_penalized(
             Sizes are those of the file that `compress` writes, which hands on its own budget; in a plain call those of
             a bare file with context mixing.
         levels: how many steps of its grid the deviation of a tensor's weights takes at the start.
-        epochs: passes over the training data; a network that is to lose most of its size takes a hundred or more.
+        epochs: passes over the training data; on LeNet-5 in 1,520 bytes 14 were better than 65, on few data more are.
         lr: of the latents, in steps of the grid, with Adam; all rates stay for a fifth of the training, then fall.
         step_lr: of the logarithms of the steps.
         others_lr: of all other parameters.
@@ -200,8 +202,7 @@ def latent(place: Place) -> nn.Parameter:
 
 
 def grid_of(place: Place) -> Latent:
-    module, name = place
-    return next(form for form in module.parametrizations[name][0].held() if isinstance(form, Latent))  # type: ignore
+    return next(form for form in forms_of(*place) if isinstance(form, Latent))
 
 
 @final
@@ -325,8 +326,7 @@ def bytes_of(model: nn.Module, within: str | None) -> int | None:
     limits = [limit for limit in parse(within) if limit.quantity == "size"]
     if not limits:
         raise BadOption(f'within={within!r}: training follows a size; pass one, such as "size<=40kB"')
-    whole = {"size": float(sum(value.numel() * value.element_size() for value in model.state_dict().values()))}
-    return int(min(limit.allowed(whole) for limit in limits))
+    return int(min(limit.allowed({"size": raw_bytes(model)}) for limit in limits))
 
 
 def file_size(model: nn.Module) -> int:

@@ -39,12 +39,13 @@ def rdoq(
     calibration_batches: Count = 8,
     where: WhereWeighted = None,
 ) -> nn.Module:
-    """Rounds weights to an integer grid so that error and bits together are least; `rate=0` rounds to the nearest.
+    """Rounds weights to a grid so that error and bits together are least; errors are fed on, as in `trellis`.
 
     Args:
         loss: by how much the mean loss may grow, foretold from its curvature; a smaller file for a larger one.
         within: in place of a loss, a budget such as "size<=40kB" or "drop<=0.5pt", as in `trellis`.
-        rate: how much a bit counts, 1 for the slope of the rate-distortion curve; 0 for the nearest integer.
+        rate: how much a bit counts, 1 for the slope of the rate-distortion curve; 0 for the integer nearest to the
+            weight and the errors that were fed to it.
         calibration_batches: how many batches of the calibration (or training) data to look at.
         where: which layers; all linear and convolution layers when left out.
 

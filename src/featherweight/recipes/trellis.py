@@ -34,10 +34,8 @@ from __future__ import annotations
 
 import copy
 import math
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal, final
 
 import numpy as np
@@ -49,7 +47,8 @@ from torch import Tensor, nn
 from featherweight.allowed import Count, Positive
 from featherweight.budget import parse
 from featherweight.catalogue import recipe
-from featherweight.coding.container import save
+from featherweight.coding.container import bare_bytes
+from featherweight.core.cost import raw_bytes
 from featherweight.core.curvature import ggn_diagonal, some_batches
 from featherweight.core.fold import NORMS, fold_batchnorm
 from featherweight.core.forms import along, attach, bake, has_forms
@@ -131,8 +130,7 @@ def aimed(model: nn.Module, task: Task, within: str, at: Callable[[nn.Module, fl
             f'within={within!r}: choose one of a size, such as "size<=40kB", and a drop, such as "drop<=0.5pt"'
         )
     limit, before = limits[0], evaluate(model, task)
-    whole = {"size": float(sum(value.numel() * value.element_size() for value in model.state_dict().values()))}
-    allowed = limit.allowed(whole)
+    allowed = limit.allowed({"size": raw_bytes(bake(copy.deepcopy(model)))})
     falling = limit.quantity == "size"  # the file shrinks with the loss, the drop grows
     tried: dict[float, tuple[float, nn.Module]] = {}
     remarks: dict[float, Ledger] = {}
@@ -184,12 +182,6 @@ def bracket(reach: Callable[[float], float], allowed: float, falling: bool) -> t
             return (other, much) if first else (much, other)
         much = other
     return (None, much) if first else (much, None)
-
-
-def bare_bytes(model: nn.Module) -> int:
-    """The bytes of a bare file with context mixing."""
-    with tempfile.TemporaryDirectory() as folder:
-        return int(save(model, Path(folder) / "weighed.fw", coder="context_mixing", bare=True).bytes)
 
 
 def rounded(
